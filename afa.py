@@ -1,0 +1,543 @@
+"""AFA, Adaptive Feature Alignment: one network for every attack strength. Each BatchNorm becomes two, one for clean
+and one for adversarial features, and a small generator predicts for each image how to fuse them.
+
+Kai Zhao et al., "Adaptive Feature Alignment for Adversarial Training", https://arxiv.org/abs/2105.15157
+
+    python afa.py                                       # embedded data, a few minutes on two CPU cores
+    python afa.py --dataset cifar10 --bf16 --compile    # PreActResNet-18, 30 epochs, on a GPU
+"""
+
+import math
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from common import data
+from common.pgd import attack_metrics, pgd, survivors
+
+SCRIPT = Path(__file__).stem
+
+# A float that is written and shown as people write it, 8/255; argument parsers know no fractions.
+Pixels = Annotated[float, tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1, metavar="N/255", instance_from_str=lambda words: float(Fraction(words[0])),
+    is_instance=lambda value: isinstance(value, float), str_from_instance=lambda value: [f"{255 * value:g}/255"])]
+
+
+@dataclass
+class Args:
+    # --- Run
+    dataset: Literal["digits", "cifar10", "cifar100", "svhn", "tiny-imagenet"] = "digits"  # digits is embedded
+    preset: Literal["fast", "paper"] = "fast"  # 30 epochs, one cycle; or the literature's length, in steps
+    data_dir: str = "data"  # folder of the data sets in their standard layout; downloads go there
+    runs_dir: str = "runs"  # folder of the runs' folders: tensorboard --logdir runs
+    seed: int = 1  # seed of everything random
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    bf16: bool = False  # train, and attack in training, under bfloat16 autocast; evaluation is float32 always
+    compile: bool = False  # torch.compile the network: some minutes of compiling, then faster on a GPU
+    resume: str | None = None  # continue the run in this folder, with its own arguments
+    eval_only: str | None = None  # evaluate the run in this folder, or one .pt file; writes eval.json beside it
+    # --- Data
+    train_size: int | None = None  # training images, the first so many of a fixed permutation (None: all)
+    val_size: int = 1000  # validation images, held out of the training split
+    test_size: int | None = None  # test images (None: all)
+    # --- Optimisation
+    arch: Literal["preactresnet18", "wrn-34-10", "preactresnet8"] | None = None  # network
+    width: int | None = None  # channels of the first stage (None: 64, 160 and 16, in the order above)
+    epochs: int | None = None  # epochs of adversarial training, stage 1
+    batch_size: int = 128  # images a step
+    lr: float | None = None  # peak learning rate of SGD with Nesterov momentum 0.9
+    milestones: tuple[int, ...] | None = None  # epochs after which lr is divided by 10; none: one cycle
+    weight_decay: float = 5e-4  # L2 penalty on all weights
+    # --- Threat model
+    eps: Pixels = 8 / 255  # radius of the attacks; to AFA the largest strength. 0: undefended network
+    step_size: Pixels | None = None  # step of the training attack (None: 2.5 eps / steps: 2/255 for 10 steps)
+    attack_steps: int | None = None  # steps K of the training attack, each one more pass of the network
+    norm: Literal["linf", "l2"] = "linf"  # norm that eps bounds
+    eps_warmup_epochs: float | None = None  # epochs over which the training eps rises from 0
+    # --- Method
+    bn: Literal["dual", "single"] = "dual"  # single: plain PGD adversarial training, the baseline
+    fusion: Literal["learned", "0", "0.5", "1"] = "learned"  # weight w: predicted, or fixed (no stage 2)
+    gate: Literal["probe", "layer"] = "probe"  # w from a first pass along BN_c, or in each layer from its input
+    gate_epochs: int | None = None  # epochs of stage 2, which trains the generator
+    gate_lr: float = 3e-3  # peak learning rate of Adam in stage 2
+    harden: float = 0.25  # share of a stage-2 batch crafted with w frozen at 0, 1/2 or 1
+    finetune: Literal["gate", "all"] = "gate"  # what stage 2 trains; the network at a tenth of the rate
+
+
+# An argument left at None takes its value here.
+FAST = dict(arch="preactresnet18", attack_steps=10, lr=0.1, eps_warmup_epochs=0.0, epochs=30, gate_epochs=8,
+            milestones=())
+PAPER = {**FAST, "epochs": 110, "gate_epochs": 25, "milestones": (100, 105)}
+DIGITS = {**FAST, "arch": "preactresnet8", "attack_steps": 5, "eps_warmup_epochs": 4.0, "epochs": 8, "gate_epochs": 2,
+          "test_size": 500}
+PRESETS = {
+    "digits": {"fast": DIGITS, "paper": DIGITS},
+    "cifar10": {"fast": FAST, "paper": PAPER},
+    "cifar100": {"fast": FAST, "paper": PAPER},
+    "svhn": {"fast": {**FAST, "lr": 0.05, "eps_warmup_epochs": 5.0},  # at full eps from the start it predicts one class
+             "paper": {**PAPER, "lr": 0.01, "epochs": 60, "gate_epochs": 15, "milestones": (50, 55)}},
+    "tiny-imagenet": {"fast": FAST, "paper": {**PAPER, "epochs": 100, "milestones": (75, 90)}},
+}
+
+
+# --- Network
+
+ARCHS = {  # base width; channels of stem and stages in multiples of it; blocks per stage; strides of stem and stages
+    "preactresnet18": (64, 1.0, (1, 2, 4, 8), 2, (1, 1, 2, 2, 2)),  # He et al. 2016, arXiv 1603.05027
+    "wrn-34-10": (160, 0.1, (1, 2, 4), 5, (1, 1, 2, 2)),  # Zagoruyko & Komodakis 2016, arXiv 1605.07146
+    "preactresnet8": (16, 1.0, (1, 2, 4), 1, (2, 1, 2, 2)),  # small and fast, for the embedded data
+}
+
+
+class PreActBlock(nn.Module):
+    """Pre-activation residual block. `extra`: further inputs of the normalisation layers (plain BatchNorm has none)."""
+
+    def __init__(self, in_channels, channels, stride, norm):
+        super().__init__()
+        self.bn1, self.bn2 = norm(in_channels), norm(channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        same_shape = in_channels == channels and stride == 1
+        self.shortcut = None if same_shape else nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+
+    def forward(self, x, *extra):
+        out = F.relu(self.bn1(x, *extra))
+        shortcut = x if self.shortcut is None else self.shortcut(out)
+        out = F.relu(self.bn2(self.conv1(out), *extra))
+        return self.conv2(out) + shortcut
+
+
+class PreActResNet(nn.Module):
+    """Images (N, 3, H, W) in [0, 1] to logits (N, classes). `norm` makes a normalisation layer for so many channels."""
+
+    def __init__(self, arch, width, classes, norm=nn.BatchNorm2d):
+        super().__init__()
+        base, stem, stages, blocks, strides = ARCHS[arch]
+        width = width or base
+        channels = max(round(stem * width), 1)
+        self.conv = nn.Conv2d(3, channels, 3, strides[0], 1, bias=False)
+        self.blocks = nn.ModuleList()
+        for multiple, stride in zip(stages, strides[1:]):
+            for i in range(blocks):
+                self.blocks.append(PreActBlock(channels, multiple * width, stride if i == 0 else 1, norm))
+                channels = multiple * width
+        self.bn = norm(channels)
+        self.fc = nn.Linear(channels, classes)
+
+    def features(self, x, *extra):
+        """Pooled features (N, channels), input of the last layer."""
+        out = self.conv((x - 0.5) / 0.25)  # normalisation is inside the network, so that eps always means pixels
+        for block in self.blocks:
+            out = block(out, *extra)
+        return F.relu(self.bn(out, *extra)).mean((2, 3))
+
+    def forward(self, x):
+        return self.fc(self.features(x))
+
+
+# --- Method
+# paper          here                               meaning
+# eps_max        args.eps                           the largest attack strength that is trained for
+# BN_c, BN_a     DualBN.clean, DualBN.adv           clean (strength 0) and adversarial (eps_max) end of a layer
+# w_n            w                                  fusing weight of image n, in [0, 1]: 0 is BN_c, 1 is BN_a
+# f_c, f_a, f_w  net(x, 0.0), net(x, 1.0), net(x)   the network along one end, and with the predicted weights
+# D1 ... D7      docs/afa.md                        our decisions where the abstract leaves the choice open
+
+
+def statistics(x, bn):
+    """What the paper watches: mean and log standard deviation of each channel of each image, (N, C, H, W) -> (N, 2, C).
+
+    In units of the running statistics of `bn`, so that all channels weigh alike, and in float32 under autocast too: the
+    shift that an attack causes is small beside the mean.  [D2]
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        var, mean = torch.var_mean(x.float(), dim=(2, 3), correction=0)
+        running_var = bn.running_var + bn.eps
+        mean = (mean - bn.running_mean) / running_var.sqrt()
+        return torch.stack([mean, 0.5 * ((var + bn.eps) / running_var).log()], 1)
+
+
+class WeightGenerator(nn.Module):
+    """Statistics (N, d) -> fusing weights (N, layers): FC, ReLU, FC, sigmoid.  [D2]"""
+
+    def __init__(self, d, layers, hidden=64):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(d, hidden), nn.Linear(hidden, layers)
+        nn.init.zeros_(self.fc2.weight)
+        nn.init.constant_(self.fc2.bias, math.log(0.9 / 0.1))  # starts at w = 0.9 for all: near BN_a, the safe end
+
+    def forward(self, s):
+        with torch.autocast(s.device.type, enabled=False):
+            return torch.sigmoid(self.fc2(F.relu(self.fc1(s.float()))))
+
+
+class DualBN(nn.Module):
+    """Two complete BatchNorms, each with its own statistics and its own affine, and their fusion per image.  [D1]"""
+
+    def __init__(self, channels, args):
+        super().__init__()
+        self.clean = nn.BatchNorm2d(channels)
+        self.adv = nn.BatchNorm2d(channels) if args.bn == "dual" else self.clean  # the baseline: w has no effect
+        self.generator = WeightGenerator(2 * channels, 1) if args.gate == "layer" else None
+        self.layer = None  # the column of w that belongs to this layer; AFANet numbers them
+
+    def forward(self, x, w, record=None):
+        """x (N, C, H, W); w a float, a tensor (N, layers), or None for this layer's own generator (`--gate layer`).
+
+        Appends (statistics of x, w) to the list `record`.
+        """
+        s = statistics(x, self.clean) if record is not None or w is None else None
+        w = self.generator(s.flatten(1))[:, 0] if w is None else w[:, self.layer] if torch.is_tensor(w) else w
+        if record is not None:
+            record.append((s, w))
+        if not torch.is_tensor(w) and w in (0.0, 1.0):
+            return self.adv(x) if w else self.clean(x)  # one end alone: in training each sees only its own data
+        return self.fuse(x, w)
+
+    def fuse(self, x, w):
+        """y_n = (1 - w_n) BN_c(x_n) + w_n BN_a(x_n): in eval mode both are affine maps of x, and so is the sum."""
+        assert not self.training, "weights between 0 and 1 need running statistics: call .eval() first"
+        scale_c, scale_a = (bn.weight / (bn.running_var + bn.eps).sqrt() for bn in (self.clean, self.adv))
+        shift_c = self.clean.bias - scale_c * self.clean.running_mean
+        shift_a = self.adv.bias - scale_a * self.adv.running_mean
+        w = w[:, None] if torch.is_tensor(w) else w
+        scale, shift = torch.lerp(scale_c, scale_a, w), torch.lerp(shift_c, shift_a, w)  # (N, C), or (C,) for one w
+        scale, shift = (t.to(x.dtype).view(-1, x.shape[1], 1, 1) for t in (scale, shift))
+        return torch.addcmul(shift, x, scale)
+
+
+class AFANet(PreActResNet):
+    def __init__(self, args, classes):
+        super().__init__(args.arch, args.width, classes, partial(DualBN, args=args))
+        norms = [m for m in self.modules() if isinstance(m, DualBN)]
+        for layer, norm in enumerate(norms):
+            norm.layer = layer
+        self.layers = len(norms)
+        self.generator = WeightGenerator(2 * sum(norm.clean.num_features for norm in norms), self.layers)
+        self.probe = args.gate == "probe"
+        self.w = 1.0 if args.bn == "single" else None if args.fusion == "learned" else float(args.fusion)
+
+    def predict_weights(self, x):
+        """The probe pass: statistics of all layers along BN_c, where an attack shows, to weights (N, layers).  [D2]"""
+        record = []
+        self.features(x, 0.0, record)
+        return self.generator(torch.cat([s.flatten(1) for s, _ in record], 1))
+
+    def forward(self, x, w=None, record=None):
+        """Logits (N, classes). w: None for the predicted weights, a float for all, or a tensor (N, layers)."""
+        w = self.w if w is None else w
+        if w is None and self.probe:
+            w = self.predict_weights(x)
+        return self.fc(self.features(x, w, record))
+
+
+def stage2_attack(net, x, y, args, generator):
+    """Examples of every strength: a quarter of the batch at eps 0, a quarter at eps_max, half uniform between.  [D3]
+
+    The attack goes through the generator and its probe pass, so that it learns against an adversary who fools it too.
+    A share `harden` is crafted with w frozen at 0, 1/2 or 1: an adversary who ignores it.  [D4]
+    """
+    n, steps = len(x), max(args.attack_steps, 10)  # a generator soon finds out what a weaker attack overlooks
+    order = torch.randperm(n, device=x.device, generator=generator)
+    eps = args.eps * torch.rand(n, device=x.device, generator=generator)
+    eps[order[: n // 4]], eps[order[n // 4 : n // 2]] = 0, args.eps
+    cut = round(args.harden * n)
+    w = torch.randint(0, 3, (cut, 1), device=x.device, generator=generator).expand(-1, net.layers) / 2
+    parts = []
+    for model, i in ((partial(net, w=w), slice(0, cut)), (net, slice(cut, n))):
+        if i.start < i.stop:
+            parts.append(pgd(model, x[i], y[i], eps=eps[i], step_size=2.5 / steps * eps[i], steps=steps,
+                             norm=args.norm, generator=generator))
+    return torch.cat(parts)
+
+
+# --- Evaluation
+
+ATTACKS = {  # columns of the final table, as settings of survivors()
+    "fgsm": dict(steps=1, relative_step=1.0, random_start=False),
+    "pgd20": dict(steps=20),
+    "pgd50_margin": dict(steps=50, loss="margin", restarts=5),  # robustness to cross-entropy alone is no evidence
+}
+
+
+def evaluate(net, x, y, eps, norm, others=()):
+    """Accuracies of the final table, from counts over all of x, and `worst`, their per-example minimum.
+
+    `others` are models to transfer from: the column `transfer` is PGD-20 with both losses on each of them.
+    """
+    attack = partial(survivors, net, x, y, survivors(net, x, y, eps=0, steps=0), eps=eps, norm=norm)
+    alive = {"clean": attack(steps=0), **{name: attack(**settings) for name, settings in ATTACKS.items()}}
+    if others:
+        masks = [attack(steps=20, loss=loss, source=other) for other in others for loss in ("ce", "margin")]
+        alive["transfer"] = torch.stack(masks).all(0)
+    alive["worst"] = torch.stack(list(alive.values())).all(0)
+    return {name: mask.sum().item() / len(y) for name, mask in alive.items()}
+
+
+def frozen_weights(net, args):
+    """Models to attack in the generator's place, where it cannot interfere: w frozen at 0, 1/2 and 1.  [D5]"""
+    return [partial(net, w=w) for w in (0.0, 0.5, 1.0)] if args.bn == "dual" else []
+
+
+@torch.no_grad()
+def measure(net, x, y, eps, args):
+    """What the paper claims, against the strength of the attack: accuracy, weights, feature statistics.  [D6]"""
+    models = {"model": net} | {f"w={m.keywords['w']:g}": m for m in frozen_weights(net, args)}
+    grid = [eps * f for f in (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 3 / 2, 2, 8)]  # of 255: 0 1 2 4 6 8 12 16 64
+    curves = {name: {f"{255 * e:.4g}": survivors(model, x, y, eps=e, steps=20, norm=args.norm).sum().item() / len(y)
+                     for e in grid} for name, model in models.items()}
+    if args.bn == "dual":  # the oracle is told eps and takes the best fixed weight: the bar for a learned one
+        curves["oracle"] = {k: max(curves[name][k] for name in curves if name != "model") for k in curves["model"]}
+    result = {"curves": curves, "strengths": [eps * i / 8 for i in range(9)], "statistics": {}}
+    x, y, order = x[:256], y[:256], torch.arange(9)[:, None, None]
+    for name, model in models.items():
+        records = []
+        for e in result["strengths"]:
+            x_adv = pgd(model, x, y, eps=e, step_size=e / 4, steps=10, norm=args.norm, random_start=False)
+            model(x_adv, record=(record := []))
+            records.append(record)
+        layers = [torch.stack([s.mean(0) for s, _ in layer]).cpu() for layer in zip(*records)]  # (9, 2, C)
+        # Spearman's rho with eps, of n = 9 values without ties: 1 - 6 sum d^2 / (n (n^2 - 1)), d = rank differences.
+        rho = torch.cat([1 - (v.argsort(0).argsort(0) - order).square().sum(0) / 120 for v in layers], 1)
+        result["statistics"][name] = {
+            "monotone_share": dict(zip(("mean", "log_sd"), (rho.abs() >= 0.95).float().mean(1).tolist())),
+            "shift": [(v - v[0]).norm(dim=2).T.tolist() for v in layers]}  # [layer][mean, log_sd][strength]
+        if name == "model":
+            w = [torch.stack([torch.as_tensor(w).expand(len(x)) for _, w in record], 1) for record in records]
+            result |= {"weight_mean": [v.mean(0).tolist() for v in w], "weight_sd": [v.std(0).tolist() for v in w]}
+    return result
+
+
+def load(run, device="cpu", name="best.pt"):
+    """(net, args, state) of the checkpoint `name` in a run's folder, or of a .pt file; net in eval mode."""
+    path = Path(run, name) if Path(run).is_dir() else Path(run)
+    if not path.is_file():
+        raise data.UserError(f"there is no checkpoint {path}: name a run's folder or a .pt file")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        if state["script"] != SCRIPT:
+            raise ValueError(f"it is of {state['script']}.py")
+        args = Args(**state["args"])
+        net = AFANet(args, state["classes"])
+        net.load_state_dict(state["net"])
+    except Exception as error:  # whatever a damaged file or another architecture leads to
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise data.UserError(f"{path} is not a checkpoint that {SCRIPT}.py can use ({reason})") from None
+    return net.to(device, memory_format=torch.channels_last).eval(), args, state
+
+
+if __name__ == "__main__":
+    # Arguments. A run that is continued or evaluated brings its own.
+    args = tyro.cli(Args, description=__doc__)
+    run = args.resume or args.eval_only
+    if run:
+        net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
+        args = tyro.cli(Args, description=__doc__, default=own)
+        free = ["resume", "eval_only", "device", "data_dir", "runs_dir", "compile"]
+        free += ["eps", "norm", "test_size"] if args.eval_only else []
+        if changed := [k for k, v in asdict(own).items() if k not in free and getattr(args, k) != v]:
+            raise data.UserError(f"{run} had another value of {', '.join(changed)}: leave it out")
+    preset = {k: v for k, v in PRESETS[args.dataset][args.preset].items() if getattr(args, k) is None}
+    args = replace(args, **preset)
+    learned = args.bn == "dual" and args.fusion == "learned"
+    limits = dict(width=1, epochs=1, batch_size=1, attack_steps=1, gate_epochs=int(learned), eps_warmup_epochs=0,
+                  seed=0, eps=0, harden=0, weight_decay=0, lr=1e-9, gate_lr=1e-9, step_size=1e-9)
+    for k, low in limits.items():
+        if getattr(args, k) is not None and not getattr(args, k) >= low:
+            raise data.UserError(f"--{k.replace('_', '-')} must be at least {low:g}, not {getattr(args, k):g}")
+    if args.harden > 1:
+        raise data.UserError("--harden is a share of the batch, at most 1")
+    if args.norm == "linf" and args.eps > 1:
+        raise data.UserError(f"--eps {args.eps:g} is more than a pixel's whole range: did you mean {args.eps:g}/255?")
+    try:
+        best_device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.zeros(1, device=best_device if args.device == "auto" else args.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise data.UserError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from None
+
+    # Data, network, optimisers.
+    d = data.load(args.dataset, args.data_dir, device, args.train_size, args.val_size, args.test_size)
+    x_val, y_val, x_test, y_test = data.to_float(d.val.x), d.val.y, data.to_float(d.test.x), d.test.y
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
+    torch.backends.cudnn.benchmark = True
+    net = (net if run else AFANet(args, len(d.classes))).to(device, memory_format=torch.channels_last)
+    if args.compile:
+        net.compile()
+    gate = [p for m in net.modules() if isinstance(m, WeightGenerator) for p in m.parameters()]
+    body = [p for p in net.parameters() if all(p is not q for q in gate)]
+    groups = [dict(params=gate, peak=args.gate_lr), dict(params=body, peak=args.gate_lr / 10)]
+    optimizers = {1: torch.optim.SGD([dict(params=body, peak=args.lr)], momentum=0.9, nesterov=True,
+                                     weight_decay=args.weight_decay),
+                  2: torch.optim.Adam(groups if args.finetune == "all" else groups[:1])}
+    stages = [1] * args.epochs + [2] * args.gate_epochs * learned
+    steps = data.steps_per_epoch(len(d.train.y), args.batch_size)
+    eps_test = args.eps or 8 / 255  # an undefended network is tested like the others
+
+    # The run's folder.
+    progress = dict(epoch=0, best=-1.0, train_seconds=0.0)
+    if run:
+        run_dir = Path(run) if Path(run).is_dir() else Path(run).parent
+        progress = {k: state[k] for k in progress}
+        for k, optimizer in optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][k])
+    else:
+        run_dir = Path(args.runs_dir, f"{d.name}__{SCRIPT}__{args.seed}__{int(time.time())}")
+        while run_dir.exists():  # another run started in this second
+            run_dir = run_dir.with_name(run_dir.name + "+")
+        try:
+            run_dir.mkdir(parents=True)
+        except OSError as error:
+            raise data.UserError(f"--runs-dir {args.runs_dir} cannot be used: {error}") from None
+
+    def checkpoint(name):
+        data.save(run_dir / name, dict(script=SCRIPT, args=asdict(args), classes=len(d.classes), net=net.state_dict(),
+                                       optimizers={k: o.state_dict() for k, o in optimizers.items()}, **progress))
+
+    def interrupted(*_):
+        print(f"\ninterrupted; to continue after the last finished epoch: python {SCRIPT}.py --resume {run_dir}")
+        raise SystemExit(130)
+
+    signal.signal(signal.SIGINT, interrupted)
+    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+    info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, command=shlex.join(["python", *sys.argv]),
+                device=torch.cuda.get_device_name() if device.type == "cuda" else platform.machine() + " CPU",
+                python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__,
+                commit=subprocess.run(git, capture_output=True, text=True).stdout.strip() or None)
+    writer = None if args.eval_only else SummaryWriter(run_dir, purge_step=progress["epoch"] * steps)
+    if not run:
+        data.save(run_dir / "args.json", {**info, "args": asdict(args)})
+        table = "\n".join(f"|{k}|{v}|" for k, v in {**info, **asdict(args)}.items())
+        writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + table)
+        checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
+    print(f"{run_dir}: {sum(p.numel() for p in net.parameters()):,} parameters, {info['device']}, images to train, "
+          f"validate and test: {len(d.train.y)}, {len(y_val)}, {len(y_test)}; preset: "
+          + ", ".join(f"{k} {v}" for k, v in preset.items()), flush=True)
+
+    # Training.
+    bar = tqdm(total=len(stages) * steps, initial=progress["epoch"] * steps, disable=not sys.stderr.isatty())
+    for epoch in range(progress["epoch"], 0 if args.eval_only else len(stages)):
+        stage, started, sums = stages[epoch], time.time(), defaultdict(float)
+        first, length = (0, args.epochs) if stage == 1 else (args.epochs, args.gate_epochs)
+        net.requires_grad_(stage == 1 or args.finetune == "all")  # stage 2 trains the generator alone, or everything
+        for p in gate:
+            p.requires_grad_(stage == 2)
+        generator = torch.Generator(device).manual_seed(2_000_003 * args.seed + epoch)  # chance is (seed, epoch)'s
+        for i, (x, y) in enumerate(data.batches(d.train, args.batch_size, seed=args.seed, epoch=epoch, **d.augment)):
+            t = epoch - first + (i + 0.5) / steps  # epochs into the stage, at the middle of the step
+            if stage == 2:
+                factor = 0.5 + 0.5 * math.cos(math.pi * t / length)
+            elif args.milestones:
+                factor = 0.1 ** sum(t >= m for m in args.milestones)
+            else:  # one cycle: up for 30 % of the steps, then down to 0
+                factor = min(t / length / 0.3, (1 - t / length) / 0.7)
+            for group in optimizers[stage].param_groups:
+                group["lr"] = factor * group["peak"]
+            net.eval()  # the attack sees the running statistics, as at test time, and moves none of them
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                if stage == 1:
+                    rise = min(1.0, t / args.eps_warmup_epochs) if args.eps_warmup_epochs else 1.0
+                    step_size = args.step_size or 2.5 * args.eps / args.attack_steps
+                    x_adv = pgd(partial(net, w=1.0), x, y, eps=rise * args.eps, step_size=rise * step_size,
+                                steps=args.attack_steps, norm=args.norm, generator=generator)
+                    net.train()
+                    # L = 1/2 CE(f_c(x), y) + 1/2 CE(f_a(x_adv), y); with a single BatchNorm the second term alone.
+                    logits = {"robust": net(x_adv, 1.0)} | ({"clean": net(x, 0.0)} if args.bn == "dual" else {})
+                else:  # L = CE(f_w(x_eps), y), and nothing to weigh it with; BatchNorm stays in eval mode
+                    logits = {"fused": net(stage2_attack(net, x, y, args, generator))}
+                losses = {k: F.cross_entropy(z.float(), y) for k, z in logits.items()}
+                loss = sum(losses.values()) / len(losses)
+            optimizers[stage].zero_grad()
+            loss.backward()
+            optimizers[stage].step()
+            for k, z in logits.items():  # the sums stay on the device: to read one here would stall it
+                sums[f"losses/{k}_ce"] += losses[k].detach() / steps
+                sums[f"train/{k}_acc"] += (z.argmax(1) == y).float().mean() / steps
+            bar.update()
+        scalars = {k: v.item() for k, v in sums.items()}
+        seconds = time.time() - started
+
+        # Validation: in stage 1 each end on its own kind of data, in stage 2 the whole model on both.
+        net.eval()
+        clean_model, model = (partial(net, w=0.0), partial(net, w=1.0)) if learned and stage == 1 else (net, net)
+        alive = {"clean_acc": survivors(clean_model, x_val, y_val, eps=0, steps=0),
+                 "robust_acc": survivors(model, x_val, y_val, eps=eps_test, steps=10, norm=args.norm)}
+        val = {k: mask.sum().item() / len(mask) for k, mask in alive.items()}
+        score = sum(val.values()) / 2 if learned else val["robust_acc"]  # AFA is for all strengths: both count  [D7]
+        progress.update(epoch=epoch + 1, train_seconds=progress["train_seconds"] + seconds)
+        if stage == stages[-1] and score > progress["best"]:
+            progress["best"] = score
+            checkpoint("best.pt")
+        checkpoint("last.pt")
+        x, y, step = x_val[:256], y_val[:256], (epoch + 1) * steps
+        x_adv = pgd(model, x, y, eps=eps_test, step_size=eps_test / 4, steps=10, norm=args.norm, random_start=False)
+        speed = steps * min(args.batch_size, len(d.train.y)) / seconds
+        scalars |= {"charts/learning_rate": factor * optimizers[stage].param_groups[0]["peak"],
+                    "charts/images_per_second": speed, "charts/epoch_seconds": time.time() - started}
+        scalars |= {f"val/{k}": v for k, v in val.items()}
+        scalars |= {f"attack/{k}": v for k, v in attack_metrics(model, x, y, x_adv).items()}
+        for kind, images in (("clean", x), ("adv", x_adv)) if stage == 2 else ():
+            with torch.no_grad():
+                net(images, record=(record := []))
+            weights = torch.stack([w for _, w in record])
+            scalars[f"afa/weight_{kind}"] = weights.mean().item()
+            writer.add_histogram(f"afa/weight_{kind}", weights, step)
+        for tag, value in scalars.items():
+            writer.add_scalar(tag, value, step)
+        rows = torch.cat([x[:8], x_adv[:8], (0.5 + 10 * (x_adv - x)[:8]).clamp(0, 1)])
+        writer.add_image("attack/clean_adversarial_10x", torchvision.utils.make_grid(rows, nrow=len(x[:8])), step)
+        shown = ", ".join(f"{k} {v:.3f}" for k, v in scalars.items() if k.startswith(("losses", "val")))
+        bar.write(f"epoch {epoch + 1}/{len(stages)}: {shown}, {speed:.0f} images/s")
+    bar.close()
+
+    # Final evaluation: the test split, for the first and only time.
+    files = {name: run_dir / f"{name}.pt" for name in ("best", "last")}
+    files = {Path(run).stem: Path(run)} if run and not Path(run).is_dir() else files
+    print(f"testing on {len(y_test)} images at eps {255 * eps_test:g}/255 ...", flush=True)
+    table = {}
+    for name, path in files.items():
+        state = load(path, device)[2]
+        net.load_state_dict(state["net"])
+        if not table:
+            method = measure(net, x_test, y_test, eps_test, args)
+        same = [row for row in table.values() if row["epoch"] == state["epoch"]]  # the best epoch may be the last
+        others = frozen_weights(net, args) if learned else ()
+        table[name] = same[0] if same else {
+            "epoch": state["epoch"], **evaluate(net, x_test, y_test, eps_test, args.norm, others)}
+    images = progress["epoch"] * steps * min(args.batch_size, len(d.train.y))
+    curves = method["curves"]
+    data.save(run_dir / ("eval.json" if args.eval_only else "results.json"), {
+        **info, "eps": eps_test, "evaluated": len(y_test), "train_seconds": progress["train_seconds"],
+        "images_per_second": images / max(progress["train_seconds"], 1e-9), "checkpoints": table,
+        "robustness_curve": curves["model"], "method": method})
+    weight = {f"{255 * e:.4g}": sum(w) / len(w) for e, w in zip(method["strengths"], method["weight_mean"])}
+    lines = [("checkpoint", *table[name]), *((name, *row.values()) for name, row in table.items()), (),
+             ("PGD-20 at eps", *curves, "mean w"),  # beyond eps_max is extrapolation
+             *((f"{k}/255", *(curve[k] for curve in curves.values()), weight.get(k, "")) for k in curves["model"])]
+    print("\n".join("".join(f"{v:>14.3f}" if isinstance(v, float) else f"{v:>14}" for v in line) for line in lines))
+    if writer:
+        for name, row in table.items():
+            for k, v in row.items():
+                writer.add_scalar(f"test/{name}_{k}", v, progress["epoch"] * steps)
+        for name, curve in curves.items():
+            for k, v in curve.items():
+                writer.add_scalar(f"robustness_curve/{name}", v, round(float(k)))
+        writer.close()
+    print(f"written to {run_dir}; look at it with: tensorboard --logdir {run_dir.parent}")

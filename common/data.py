@@ -1,0 +1,402 @@
+"""Data sets as uint8 tensors on the device, and batches as tensor operations. Nothing else.
+
+A data set is three `Split`s (train, val, test) of images (N, H, W, 3) uint8 and labels (N,) int64. Everything that fits
+lives on the device; a batch is one gather that crops and flips on the way (no worker processes, no per-image Python).
+The validation split is taken from *train* with a fixed seed, the same for all runs; the test split is the official one.
+
+`digits` is drawn by `draw_digits` below: no download, and the same bytes on every machine.
+"""
+
+import hashlib
+import json
+import math
+import os
+import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+SPLIT_SEED = 0  # of the validation split and of every subset: fixed, so that runs with different seeds are comparable
+
+
+class UserError(SystemExit):
+    """What the user can mend, in one line that says how: to raise it prints the line and ends the program, status 2."""
+
+    def __init__(self, message):
+        super().__init__(2)
+        self.message = str(message)
+        print(f"error: {self.message}", file=sys.stderr)
+
+    def __str__(self):
+        return self.message
+
+
+class Split(NamedTuple):
+    x: torch.Tensor  # images (N, H, W, 3), uint8
+    y: torch.Tensor  # labels (N,), int64
+
+
+@dataclass
+class Data:
+    name: str  # "cifar10"; "cifar10-unofficial" when the files are not the official ones
+    classes: list  # names, in the order of the labels
+    train: Split
+    val: Split
+    test: Split
+    augment: dict  # what `batches` does to training images of this set: pad and flip
+
+
+def _write(path, content):
+    unfinished = Path(path).with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with open(unfinished, "wb") as f:
+            if path.suffix == ".json":
+                f.write(json.dumps(content, indent=1).encode())
+            elif path.suffix == ".npz":
+                np.savez(f, **content)
+            else:
+                torch.save(content, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:  # to torch.save a full disk is a RuntimeError
+        unfinished.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path} ({str(error).splitlines()[0]}); what was there before is intact") from None
+
+
+def save(path, content):
+    """Write a .json or .pt under another name, then rename it: a file that exists is complete, whenever we die.
+
+    Raises UserError when it cannot be written (a full disk, say); what was there before is intact.
+    """
+    try:
+        _write(path, content)
+    except OSError as error:
+        raise UserError(error) from None
+
+
+def load(name, data_dir="data", device="cpu", train_size=None, val_size=1000, test_size=None):
+    """The data set `name`, with a validation split of `val_size` images held out of train.
+
+    Sizes are the first so many of a permutation that is the same for every run; None means all there are. Files are
+    read in their standard layout from `data_dir` and downloaded to it, with their checksum verified, when they are not
+    there. Raises UserError with one line that says what to do.
+    """
+    if name not in READERS:
+        raise UserError(f"unknown data set {name!r}: choose one of {', '.join(READERS)}")
+    (x, y), (x_test, y_test), classes, official = READERS[name](Path(data_dir))
+    for part, labels in (("train", y), ("test", y_test)):
+        if len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
+            raise UserError(f"{name}: a label of the {part} split is not in 0..{len(classes) - 1}: files are damaged")
+    missing = sorted(set(range(len(classes))) - set(y.tolist()))
+    if missing:
+        print(f"warning: {name} has no training image of class {', '.join(classes[c] for c in missing)}")
+    for what, size, available in (("--val-size", val_size, len(y) - 1), ("--test-size", test_size, len(y_test)),
+                                  ("--train-size", train_size, len(y) - val_size)):  # fmt: skip
+        if size is not None and not 1 <= size <= available:
+            raise UserError(f"{what} {size}: {name} has from 1 to {available} images for that")
+    order = torch.from_numpy(np.random.RandomState(SPLIT_SEED).permutation(len(y)))
+    order_test = torch.from_numpy(np.random.RandomState(SPLIT_SEED).permutation(len(y_test)))
+    train, val = order[val_size:][:train_size], order[:val_size]
+
+    def split(images, labels, index):
+        return Split(torch.from_numpy(images)[index].to(device), torch.from_numpy(labels)[index].to(device))
+
+    if not official:
+        print(f"warning: the files in {data_dir} have the layout of {name} but are not the official ones "
+              f"({len(y)} training and {len(y_test)} test images): results are named {name}-unofficial")  # fmt: skip
+    return Data(name if official else f"{name}-unofficial", classes, split(x, y, train), split(x, y, val),
+                split(x_test, y_test, order_test[:test_size]), AUGMENT.get(name, dict(pad=4, flip=True)))  # fmt: skip
+
+
+# --- Batches
+
+
+def to_float(x):
+    """uint8 images (N, H, W, 3) to floats (N, 3, H, W) in [0, 1], in memory format channels_last as they are."""
+    return x.permute(0, 3, 1, 2).float().div_(255)
+
+
+def steps_per_epoch(n, batch_size):
+    """Full batches in n images: the rest of an epoch is dropped, or is the only batch when batch_size exceeds n."""
+    return max(n // batch_size, 1)
+
+
+AUGMENT = {"digits": dict(pad=0, flip=False), "svhn": dict(pad=4, flip=False)}  # a mirrored 2 is no digit
+
+
+def batches(split, batch_size, *, seed, epoch, pad=0, flip=False):
+    """One shuffled epoch of (x, y): floats (B, 3, H, W) in [0, 1] and labels (B,).
+
+    Each image is cropped at its own random position from its zero-padded version (`pad` pixels a side) and flipped with
+    probability 1/2 (`flip`). Order and augmentation depend on (seed, epoch) alone: that is what makes resuming exact.
+    """
+    n, height, width, _ = split.x.shape
+    device = split.x.device
+    g = torch.Generator().manual_seed(seed * 1_000_003 + epoch)  # on the CPU: the same epoch on every device
+    order = torch.randperm(n, generator=g)
+    dy, dx = torch.randint(0, 2 * pad + 1, (2, n), generator=g)
+    mirrored = torch.randint(0, 2, (n,), generator=g).bool() & flip
+    order, dy, dx, mirrored = (t.to(device) for t in (order, dy, dx, mirrored))  # one transfer an epoch
+    padded = torch.nn.functional.pad(split.x, (0, 0, pad, pad, pad, pad)) if pad else split.x
+    i, j = torch.arange(height, device=device), torch.arange(width, device=device)
+    for start in range(0, steps_per_epoch(n, batch_size) * batch_size, batch_size):
+        s = slice(start, start + batch_size)
+        index = order[s]
+        rows = dy[s, None] + i
+        cols = dx[s, None] + torch.where(mirrored[s, None], width - 1 - j, j)
+        yield to_float(padded[index[:, None, None], rows[:, :, None], cols[:, None, :]]), split.y[index]
+
+
+# --- Readers: each returns (x, y) of train, (x, y) of test, the class names, and whether these are the official files
+
+
+def _md5(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "md5").hexdigest()
+
+
+def _damaged(path, error):
+    return UserError(f"{path} cannot be read ({type(error).__name__}: {error}): it is truncated or corrupt; "
+                     "delete it and start again to download it, or put an intact copy in its place")  # fmt: skip
+
+
+def _download(what, data_dir, fetch):
+    try:
+        fetch()
+    except Exception as error:  # network, disk and checksum errors have no common base class here
+        raise UserError(f"{what} is not in {data_dir} and its download failed ({type(error).__name__}: {error}); "
+                        "put the files there yourself or name their folder with --data-dir") from None  # fmt: skip
+
+
+def _read_cifar(data_dir, dataset, label_key, names_key):
+    folder = data_dir / dataset.base_folder
+    if not folder.is_dir():
+        _download(dataset.__name__, data_dir, lambda: dataset(data_dir, download=True))
+    wanted = {**dict(dataset.train_list), **dict(dataset.test_list), dataset.meta["filename"]: dataset.meta["md5"]}
+
+    def read(name):
+        try:
+            with open(folder / name, "rb") as f:
+                return pickle.load(f, encoding="latin1")
+        except Exception as error:
+            raise _damaged(folder / name, error) from None
+
+    def images(parts):
+        present = [name for name, _ in parts if (folder / name).exists()]
+        if not present:
+            raise UserError(f"{folder} has none of {', '.join(name for name, _ in parts)}: "
+                            "delete the folder to download it, or name another one with --data-dir")  # fmt: skip
+        x, y = [], []
+        for name in present:
+            entry = read(name)
+            try:
+                x.append(np.asarray(entry["data"], np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+                y.append(np.asarray(entry[label_key], np.int64).reshape(len(x[-1])))
+            except (KeyError, TypeError, ValueError) as error:
+                raise _damaged(folder / name, error) from None
+        return np.concatenate(x), np.concatenate(y)
+
+    official = all((folder / name).exists() and _md5(folder / name) == md5 for name, md5 in wanted.items())
+    meta = folder / dataset.meta["filename"]
+    classes = read(meta.name)[names_key] if meta.exists() else map(str, range(100 if "fine" in label_key else 10))
+    return images(dataset.train_list), images(dataset.test_list), list(classes), official
+
+
+def read_cifar10(data_dir):
+    from torchvision.datasets import CIFAR10
+
+    return _read_cifar(data_dir, CIFAR10, "labels", "label_names")
+
+
+def read_cifar100(data_dir):
+    from torchvision.datasets import CIFAR100
+
+    return _read_cifar(data_dir, CIFAR100, "fine_labels", "fine_label_names")
+
+
+def read_svhn(data_dir):
+    import scipy.io
+    from torchvision.datasets import SVHN
+
+    parts, official = [], True
+    for split in ("train", "test"):
+        _, filename, md5 = SVHN.split_list[split]
+        path = data_dir / filename
+        if not path.exists():
+            _download(f"SVHN ({filename})", data_dir, lambda split=split: SVHN(data_dir, split=split, download=True))
+        try:
+            mat = scipy.io.loadmat(path)
+            x = np.ascontiguousarray(mat["X"].transpose(3, 0, 1, 2))
+            y = mat["y"].astype(np.int64).reshape(len(x)) % 10  # the files call the digit zero 10
+        except Exception as error:
+            raise _damaged(path, error) from None
+        official &= _md5(path) == md5
+        parts.append((x, y))
+    return *parts, [str(d) for d in range(10)], official
+
+
+TINY_IMAGENET = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
+
+
+def read_tiny_imagenet(data_dir):
+    """The original layout (val/images, val_annotations.txt) and the rearranged one (val/<class>/...); test is val."""
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    root = data_dir / "tiny-imagenet-200"
+    if not root.is_dir():
+        url, md5 = TINY_IMAGENET
+        _download("Tiny-ImageNet", data_dir, lambda: download_and_extract_archive(url, data_dir, md5=md5))
+    for part in ("train", "val"):
+        if not (root / part).is_dir():
+            raise UserError(f"{root} has no folder {part}: delete it to download the data again, or see --data-dir")
+    classes = sorted(d.name for d in (root / "train").iterdir() if d.is_dir())
+    number = {wnid: i for i, wnid in enumerate(classes)}
+    train = [(path, number[c]) for c in classes for path in sorted((root / "train" / c).rglob("*.JPEG"))]
+    annotations = root / "val" / "val_annotations.txt"
+    if (root / "val" / "images").is_dir() and annotations.exists():
+        rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines() if line]
+        val = [(root / "val" / "images" / file, number.get(c, -1)) for file, c in rows]
+    else:
+        val = [(path, number[c]) for c in classes for path in sorted((root / "val" / c).rglob("*.JPEG"))]
+    if not train or not val:
+        raise UserError(f"{root} has {len(train)} training and {len(val)} validation images: it is not complete")
+    official = len(classes) == 200 and len(train) == 100_000 and len(val) == 10_000
+    return _decode(train, root / "train.npz"), _decode(val, root / "val.npz"), classes, official
+
+
+def _decode(files, cache):
+    """Decode image files once; later starts read the cache. It is complete when it is there (renamed into place)."""
+    from PIL import Image
+
+    names = hashlib.md5("\n".join(f"{path.name} {y}" for path, y in files).encode()).hexdigest()
+    try:
+        with np.load(cache) as stored:
+            if str(stored["names"]) == names:
+                return stored["x"], stored["y"]
+    except Exception:  # absent, unreadable or of other files: decode again
+        pass
+
+    def one(entry):
+        path, _ = entry
+        try:
+            with Image.open(path) as image:
+                return np.asarray(image.convert("RGB"))  # about one image in fifty is greyscale
+        except Exception as error:
+            raise _damaged(path, error) from None
+
+    print(f"decoding {len(files)} images of {cache.parent} (once)", flush=True)
+    with ThreadPoolExecutor() as pool:
+        x = np.stack(list(pool.map(one, files)))
+    y = np.array([label for _, label in files], np.int64)
+    try:
+        _write(cache, dict(x=x, y=y, names=names))
+    except OSError as error:  # a read-only folder or a full disk costs the cache, nothing else
+        print(f"warning: the decoded images are not kept for the next start: {error}")
+    return x, y
+
+
+# --- The embedded data set
+# A digit of a 5x7 font under a random affine map, with a stray stroke, on a smooth coloured background, with noise: the
+# shape is a *robust* feature. In one image of seven the glyph is that of a random class, so that shape alone does not
+# suffice. Over it lies a texture, a pattern of signs that belongs to the class, of an amplitude that differs from image
+# to image (0 to 13/255): *predictive, and only partly robust*, like much of what networks find in photographs. Plain
+# training lives on the texture (95 % clean) and falls to 0 at an eps of 4/255; adversarial training at 8/255 makes do
+# with the shape (86 % clean); what lies between the two is what the methods are about.
+# All arithmetic that decides a byte is on integers, or on floats that hold integers exactly: rounding cannot differ
+# between processors, and the checksum in the tests holds everywhere.
+
+FONT = """
+.###. ..#.. .###. ##### ...#. ##### ..##. ##### .###. .###.
+#...# .##.. #...# ...#. ..##. #.... .#... ....# #...# #...#
+#..## ..#.. ....# ..#.. .#.#. ####. #.... ...#. #...# #...#
+#.#.# ..#.. ...#. ...#. #..#. ....# ####. ..#.. .###. .####
+##..# ..#.. ..#.. ....# ##### ....# #...# .#... #...# ....#
+#...# ..#.. .#... #...# ...#. #...# #...# .#... #...# ...#.
+.###. .###. ##### .###. ...#. .###. .###. .#... .###. .##..
+"""
+CELL = 8  # texels per cell of the font in the lookup table
+
+
+def _glyphs():
+    """Coverage (11, 80, 80) in 0..255 of the ten digits and a bar, upsampled and softened by integer box filters."""
+    table = torch.zeros(11, 10, 10, dtype=torch.int64)
+    for r, row in enumerate(FONT.split("\n")[1:-1]):
+        for d, cells in enumerate(row.split()):
+            table[d, r + 1, 2:7] = torch.tensor([c == "#" for c in cells])
+    table[10, 4, 2:8] = 1
+    table = table.repeat_interleave(CELL, 1).repeat_interleave(CELL, 2) * 255
+    for _ in range(2):
+        for dim in (1, 2):
+            table = sum(table.roll(shift, dim) for shift in (-2, -1, 0, 1, 2)) // 5
+    return table
+
+
+def draw_digits(n, seed):
+    """n images (n, 32, 32, 3) uint8 and their labels (n,) int64, as numpy arrays. Takes about 0.2 ms an image."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(low, high, *shape):  # uniform integers, both ends included
+        return torch.randint(low, high + 1, shape, generator=g)
+
+    glyphs = _glyphs()
+    normal = NormalDist(0, 0.03 * 255 * 64)
+    noise_of = torch.tensor([round(normal.inv_cdf((k + 0.5) / 256)) for k in range(256)], dtype=torch.int32)
+    radians = [math.radians(degrees) for degrees in range(-180, 181)]
+    cosine, sine = (torch.tensor([round(1024 * f(r)) for r in radians]) for f in (math.cos, math.sin))
+    # Smooth interpolation of 4 grid values to 32 pixels; the weights of a pixel are integers that add up to 64.
+    ramp = [round(64 * (3 * t * t - 2 * t**3)) for t in ((k + 0.5) / 10.67 % 1 for k in range(32))]
+    upsample = torch.zeros(32, 4, dtype=torch.float64)
+    for k, weight in enumerate(ramp):
+        cell = min(int((k + 0.5) / 10.67), 2)
+        upsample[k, cell], upsample[k, cell + 1] = 64 - weight, weight
+    signs = torch.randint(0, 2, (10, 4, 4, 3), generator=torch.Generator().manual_seed(4)) * 2 - 1
+    texture = signs.repeat(1, 8, 8, 1).to(torch.int32)
+
+    images, labels = [], []
+    for start in range(0, n, 2000):
+        m = min(2000, n - start)
+        y = draw(0, 9, m)
+        shown = torch.where(draw(0, 99, m) < 15, draw(0, 9, m), y)
+        grid = draw(64, 191, m, 3, 4, 4).to(torch.float64)
+        # In units of 1/64 of a grey level, here and below. Products of small integers: exact in float64 in any order.
+        canvas = ((upsample @ grid @ upsample.T).to(torch.int32) // 64).permute(0, 2, 3, 1).contiguous()
+        for stroke in (True, False):
+            degrees, x0, y0 = (180, 13, 13) if stroke else (12, 3, 2)
+            angle = 180 + draw(-degrees, degrees, m)
+            texels = draw(2340, 3000, m)  # table texels per pixel, in 1/1024: a font cell is 2.4 to 3.5 pixels
+            shear = draw(-154, 154, m)
+            c, s = cosine[angle] * texels >> 10, sine[angle] * texels >> 10
+            m00, m01, m10, m11 = c + (s * shear >> 10), s, -s + (c * shear >> 10), c
+            j = torch.arange(32)[None, None, :] * 2 - 31 - 2 * draw(-x0, x0, m)[:, None, None]
+            i = torch.arange(32)[None, :, None] * 2 - 31 - 2 * draw(-y0, y0, m)[:, None, None]
+            u = (m00[:, None, None] * j + m01[:, None, None] * i >> 11) + 36
+            v = (m10[:, None, None] * j + m11[:, None, None] * i >> 11) + 36
+            inside = (u >= 0) & (u < 80) & (v >= 0) & (v < 80)
+            which = torch.full((m,), 10) if stroke else shown
+            coverage = glyphs[which[:, None, None], v.clamp(0, 79), u.clamp(0, 79)] * inside
+            # Per channel, one sign for all three.
+            contrast = draw(*((48, 96) if stroke else (90, 150)), m, 3) * (2 * draw(0, 1, m, 1) - 1)
+            canvas += (coverage[..., None] * contrast[:, None, None, :] * 64 // 255).to(torch.int32)
+        amplitude = draw(0, 52, m).to(torch.int32)  # of the texture: 0 to 13 grey levels, in quarters
+        canvas += texture[y] * amplitude[:, None, None, None] * 16
+        canvas += noise_of[torch.randint(0, 256, canvas.shape, generator=g, dtype=torch.uint8).int()]
+        images.append((canvas + 32 >> 6).clamp_(0, 255).to(torch.uint8))
+        labels.append(y)
+    return torch.cat(images).numpy(), torch.cat(labels).numpy()
+
+
+def read_digits(data_dir):
+    del data_dir  # nothing is read
+    x, y = draw_digits(10_000, seed=0)
+    return (x[:9000], y[:9000]), (x[9000:], y[9000:]), [str(d) for d in range(10)], True
+
+
+READERS = {"digits": read_digits, "cifar10": read_cifar10, "cifar100": read_cifar100, "svhn": read_svhn,
+           "tiny-imagenet": read_tiny_imagenet}  # fmt: skip

@@ -1,0 +1,199 @@
+"""Projected gradient descent, and what is PGD with other settings.
+
+| attack                     | call                                                                     |
+|----------------------------|--------------------------------------------------------------------------|
+| FGSM                       | `steps=1, step_size=eps, random_start=False`                             |
+| PGD-K (Madry et al. 2018)  | `steps=K` with the default `loss="ce"`                                   |
+| CW-style                   | `loss="margin"` (the margin of Carlini & Wagner 2017, inside the ball)   |
+| TRADES' inner attack       | `loss="kl"`, with the clean logits in the place of `y`                   |
+| patch, frame, few pixels   | `mask=...` and `eps=1`                                                   |
+
+Images live in [0,1], going in and coming out. Input normalisation belongs inside the network: then eps always means
+pixels, and no attack can clip in the wrong space.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+
+def margin(logits, y):
+    """max_{j != y} z_j - z_y per sample, (N,): positive exactly where the sample is misclassified.
+
+    Unlike cross-entropy its gradient does not vanish where the network is confident (Carlini & Wagner 2017, eq. f6).
+    """
+    true = logits.gather(1, y[:, None]).squeeze(1)
+    others = logits.scatter(1, y[:, None], float("-inf"))
+    return others.amax(1) - true
+
+
+def kl(logits, reference_logits):
+    """KL(softmax(reference) || softmax(logits)) per sample, (N,): the inner attack of TRADES (Zhang et al. 2019)."""
+    log_p, log_q = F.log_softmax(reference_logits, 1), F.log_softmax(logits, 1)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
+
+
+LOSSES = {"ce": partial(F.cross_entropy, reduction="none"), "margin": margin, "kl": kl}
+
+
+def _per_sample(value, x):
+    """A float or a tensor (N,) in a shape that broadcasts over x (N, C, ...)."""
+    value = torch.as_tensor(value, dtype=x.dtype, device=x.device)
+    if value.ndim not in (0, 1) or value.ndim == 1 and len(value) != len(x):
+        raise ValueError(f"eps and step_size are floats or one value per sample ({len(x)}), not {tuple(value.shape)}")
+    return value if value.ndim == 0 else value.view(-1, *[1] * (x.ndim - 1))
+
+
+def _l2(v):
+    """Euclidean norm of each sample, in a shape that broadcasts over v; never zero, so that one may divide by it."""
+    return v.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, *[1] * (v.ndim - 1))
+
+
+def _start(x, eps, norm, generator):
+    """A uniform draw from the eps ball around 0."""
+    noise = torch.empty_like(x)
+    if norm == "linf":
+        return noise.uniform_(-1, 1, generator=generator) * eps
+    noise.normal_(generator=generator)
+    # Volume grows as r^d, so the radius of a uniform point is U^(1/d): in d = 3072 nearly always close to eps.
+    radius = torch.rand(len(x), device=x.device, generator=generator) ** (1 / x[0].numel())
+    return noise / _l2(noise) * _per_sample(radius, x) * eps
+
+
+def pgd(model, x, y, *, eps, step_size, steps, norm="linf", loss="ce", random_start=True, restarts=1, keep_best=False,
+        targeted=False, mask=None, generator=None, allow_train_mode=False):  # fmt: skip
+    """Adversarial examples for `model` within `eps` of `x` (Madry et al. 2018, arXiv 1706.06083).
+
+    Args:
+        model: an `nn.Module`, or `functools.partial` of one, that maps images to logits (N, classes).
+        x: images (N, C, ...), floats in [0, 1].
+        y: labels (N,); the target labels if `targeted`; reference logits (N, classes) for `loss="kl"`.
+        eps: radius of the ball in pixels, a float or one value per sample (N,). 0 returns x.
+        step_size: length of a step in pixels, a float or one value per sample (N,).
+        steps: number of gradient steps; each costs one forward and one backward pass.
+        norm: "linf" (sign steps) or "l2" (normalised gradient steps).
+        loss: "ce", "margin", "kl", or a function (logits, y) -> (N,). The attack raises it; `targeted`, it lowers it.
+        random_start: begin at a uniform draw from the ball instead of at x.
+        restarts: independent random starts; the worst result of each sample is kept.
+        keep_best: keep the worst iterate of each sample, not the last one. Costs one more forward pass.
+        mask: boolean, broadcastable to x: only pixels where it is True may change.
+        generator: `torch.Generator` on x's device for the random starts.
+        allow_train_mode: attack a network in training mode: BatchNorm then mixes the samples of the batch and every
+            step moves its running statistics.
+
+    Returns:
+        x_adv (N, C, ...), detached, in [0, 1].
+
+    Worst means: fooled before not fooled, then by the loss. Parameters are frozen during the attack and restored to
+    what they were. Modes, `.grad` and the arguments are left alone. Raises ValueError for bad arguments, for a model in
+    training mode, and for a model without a gradient from its output to its input.
+    """
+    module = model.func if isinstance(model, partial) else model
+    if norm not in ("linf", "l2"):
+        raise ValueError(f"norm must be 'linf' or 'l2', not {norm!r}")
+    if not callable(loss) and loss not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)} or a function, not {loss!r}")
+    if steps < 0 or restarts < 1:
+        raise ValueError(f"steps must not be negative and restarts at least 1, not {steps} and {restarts}")
+    if x.dtype not in (torch.float32, torch.float64):
+        # A bf16 image cannot hold x + delta: rounding alone leaves the ball by 2.8e-3. Autocast the network instead.
+        raise ValueError(f"x must be float32 or float64 in [0, 1], not {x.dtype}")
+    if not allow_train_mode and any(m.training for m in module.modules()):
+        raise ValueError("the model is in training mode: call .eval() before an attack, or pass allow_train_mode=True")
+    loss_fn = loss if callable(loss) else LOSSES[loss]
+    sign = -1.0 if targeted else 1.0
+    x, eps, step_size = x.detach(), _per_sample(eps, x), _per_sample(step_size, x)
+    label = y if y.ndim == 1 else y.argmax(1)
+
+    def project(x_adv):
+        delta = x_adv - x
+        if mask is not None:
+            delta = delta * mask
+        delta = delta.clamp(-eps, eps) if norm == "linf" else delta * (eps / _l2(delta)).clamp(max=1.0)
+        return (x + delta).clamp_(0.0, 1.0)
+
+    track = keep_best or restarts > 1
+    best, best_score = x, torch.full((len(x),), -torch.inf, device=x.device)
+    best_fooled = torch.zeros_like(label, dtype=torch.bool)
+
+    def keep_worse(x_adv, logits, objective):
+        nonlocal best, best_score, best_fooled
+        prediction, objective = logits.argmax(1), objective.float()
+        fooled = prediction == label if targeted else prediction != label
+        # Lexicographic order as tensor operations: no synchronisation with the host.
+        worse = (fooled & ~best_fooled) | ((fooled == best_fooled) & (objective > best_score))
+        best = torch.where(worse.view(-1, *[1] * (x.ndim - 1)), x_adv, best)
+        best_score, best_fooled = torch.where(worse, objective, best_score), best_fooled | fooled
+
+    # Frozen parameters save the weight gradients. In eager mode autograd.grad prunes them by itself, under
+    # torch.compile it does not. Only what was trainable may be made trainable again: a caller may train a part.
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        for _restart in range(restarts):
+            x_adv = project(x + _start(x, eps, norm, generator)) if random_start else x
+            for _step in range(steps):
+                x_adv = x_adv.detach().requires_grad_()
+                with torch.enable_grad():
+                    logits = model(x_adv)
+                    objective = sign * loss_fn(logits.float(), y)
+                    if not objective.requires_grad:
+                        raise ValueError("the model's output has no gradient with respect to its input")
+                    # Summed, never averaged: a mean shrinks every gradient by the batch size, towards underflow.
+                    (grad,) = torch.autograd.grad(objective.sum(), x_adv)
+                with torch.no_grad():
+                    if keep_best:
+                        keep_worse(x_adv.detach(), logits, objective)
+                    if mask is not None:
+                        grad = grad * mask  # before the norm is taken: the step has its full length inside the mask
+                    direction = grad.sign() if norm == "linf" else grad / _l2(grad)
+                    x_adv = project(x_adv + step_size * direction)
+            if track:
+                with torch.no_grad():
+                    logits = model(x_adv)
+                    keep_worse(x_adv, logits, sign * loss_fn(logits.float(), y))
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+    return best if track else x_adv.detach()
+
+
+def survivors(model, x, y, alive=None, *, eps, steps, step_size=None, relative_step=0.25, restarts=1, source=None,
+              seed=0, batch_size=500, **settings):  # fmt: skip
+    """Which samples stay correctly classified under `pgd`: a boolean mask (N,). With `steps=0`, without an attack.
+
+    Only samples marked in `alive` (N,) are attacked, in each restart those that survived the ones before, so that an
+    accuracy costs what its survivors cost. step_size None is `relative_step` * eps. `source` is another model to craft
+    on, for a transfer attack. The other `settings` are those of `pgd`; eps and step_size may be one value per sample.
+    """
+    eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device).expand(len(x))
+    step_size = relative_step * eps if step_size is None else step_size
+    step_size = torch.as_tensor(step_size, dtype=x.dtype, device=x.device).expand(len(x))
+    alive = torch.ones(len(x), dtype=torch.bool, device=x.device) if alive is None else alive.clone()
+    generator = torch.Generator(x.device).manual_seed(seed)
+    for _ in range(restarts):
+        for i in alive.nonzero().squeeze(1).split(batch_size) if alive.any() else ():
+            x_adv = pgd(source or model, x[i], y[i], eps=eps[i], step_size=step_size[i], steps=steps,
+                        generator=generator, **settings)  # fmt: skip
+            with torch.no_grad():
+                alive[i] = model(x_adv).argmax(1) == y[i]
+    return alive
+
+
+def attack_metrics(model, x, y, x_adv):
+    """What an attack did to a batch, as numbers: where robustness looks too good, one of these looks odd."""
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        logits, logits_adv = model(x), model(x_adv)
+        loss, loss_adv = (F.cross_entropy(z, y, reduction="sum") for z in (logits, logits_adv))
+        (grad,) = torch.autograd.grad(loss, x)
+    correct, fooled = logits.argmax(1) == y, logits_adv.argmax(1) != y
+    return {
+        "loss_gain": (loss_adv - loss).item() / len(x),
+        "flip_rate": (correct & fooled).sum().item() / max(correct.sum().item(), 1),  # of what was correct before
+        "zero_grad_share": (grad == 0).float().mean().item(),
+        "linf_norm": (x_adv - x).abs().max().item(),
+        "l2_norm": (x_adv - x).flatten(1).norm(dim=1).mean().item(),
+    }

@@ -158,7 +158,7 @@ class PreActResNet(nn.Module):
 # BN_c, BN_a     DualBN.clean, DualBN.adv           clean (strength 0) and adversarial (eps_max) end of a layer
 # w_n            w                                  fusing weight of image n, in [0, 1]: 0 is BN_c, 1 is BN_a
 # f_c, f_a, f_w  net(x, 0.0), net(x, 1.0), net(x)   the network along one end, and with the predicted weights
-# D1 ... D7      docs/afa.md                        our decisions where the abstract leaves the choice open
+# D1, D2, ...    docs/afa.md                        our decisions where the abstract leaves the choice open
 
 
 def statistics(x, bn):
@@ -282,12 +282,13 @@ def evaluate(net, x, y, eps, norm, others=()):
 
     `others` are models to transfer from: the column `transfer` is PGD-20 with both losses on each of them.
     """
-    attack = partial(survivors, net, x, y, survivors(net, x, y, eps=0, steps=0), eps=eps, norm=norm)
-    alive = {"clean": attack(steps=0), **{name: attack(**settings) for name, settings in ATTACKS.items()}}
+    clean = survivors(net, x, y, eps=0, steps=0)
+    attack = partial(survivors, net, x, y, clean, eps=eps, norm=norm)
+    alive = {"clean": clean, **{name: attack(**settings) for name, settings in ATTACKS.items()}}
     if others:
         masks = [attack(steps=20, loss=loss, source=other) for other in others for loss in ("ce", "margin")]
         alive["transfer"] = torch.stack(masks).all(0)
-    alive["worst"] = torch.stack(list(alive.values())).all(0)
+    alive["worst"] = torch.stack([*alive.values()]).all(0)
     return {name: mask.sum().item() / len(y) for name, mask in alive.items()}
 
 

@@ -1,0 +1,496 @@
+"""Try to refute a robust accuracy: strong and varied attacks, and checks that expose masked gradients.
+
+    python benchmark/audit.py runs/digits__afa__1__1700000000             # writes audit.json into the folder
+    python benchmark/audit.py runs/digits__afa__1__1700000000 --quick     # a first look in a minute or two
+    audit(net, x, y, eps=8 / 255)                                         # any network of anyone, from Python
+
+An attack gives an *upper* bound of the robust accuracy. That it fails can mean that the network resists, or
+that the attack is broken, and most defences that were published and fell later had broken the attack: their
+gradients vanish, shatter or are random (Athalye et al. 2018, arXiv 1802.00420). CHECKS looks for the traces
+that this leaves, after the list of Carlini et al. 2019 (1902.06705) and the cases of Tramer et al. 2020
+(2002.08347). To pass is no proof: an attack made for the defence at hand remains the duty of who proposes it
+(`frozen_weights` in afa.py).
+"""
+
+import importlib
+import json
+import os
+import shlex
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from math import isfinite
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from common import data  # noqa: E402
+from common.pgd import LOSSES, margin, pgd, survivors  # noqa: E402
+
+CHECKS = {  # and what it means when one does not pass
+    "falls with eps": "accuracy that rises with eps, or is left at an eps of 0.5: the attack fails",
+    "iteration helps": "one step breaks more than twenty: the gradient leads astray",
+    "attack converged": "more steps, restarts or step sizes still break many: the number is not final",
+    "losses agree": "other losses and targets break far more than cross-entropy: its gradient is masked",
+    "black box is weaker": "attacks without a gradient break what those that follow it cannot: it is masked",
+    "gradients are there": "images without a gradient look robust to every attack that follows it",
+    "gradients are true": "the loss does not change as its gradient says: steps, or a made-up backward pass",
+    "outputs are logits": "softmax of softmax has small gradients: audit the network without the last one",
+    "logits in range": "so large logits make cross-entropy and its gradient 0 in float32: rescale them",
+    "deterministic": "needs attacks on the average over its noise (EOT), and counts lucky draws as robust",
+    "images independent": "the output for an image depends on its batch: this is no classifier of images",
+    "not one class": "the network has collapsed to one class: it is as robust as a constant",
+    "no catastrophic overfitting": "training images resist one step but not twenty: it misleads weak attacks",
+}
+DRIFT = 0.04  # what more steps, restarts and step sizes may take from the accuracy
+MASKED = (0.1, 0.3)  # what other losses may, absolute and relative (honest networks: up to a quarter)
+USELESS = 0.01  # share of images that may have no gradient or saturated logits
+BLACK_BOX = 0.005  # share of images that only black-box attacks may break
+
+FULL = dict(n=1000, noise=50, steps=(1, 5, 20, 100), margin_steps=100, restarts=5, targets=9,
+            transfer_steps=50, surrogate_steps=1500, apgd_steps=100, fab=True, queries=5000)  # fmt: skip
+QUICK = dict(n=200, noise=20, steps=(1, 5, 20, 50), margin_steps=40, restarts=2, targets=3,
+             transfer_steps=20, surrogate_steps=300, apgd_steps=50, fab=False, queries=500)  # fmt: skip
+
+
+# --- Parts of attacks
+
+
+def train_surrogate(x, y, classes, steps, seed=0, batch_size=128, width=32):
+    """The undefended network to transfer attacks from: four convolutions, trained plainly on (x, y)."""
+    with torch.random.fork_rng([x.device] if x.is_cuda else []):
+        torch.manual_seed(seed)
+        layers, channels = [], 3
+        for stride, out in ((2, width), (1, width), (2, 2 * width), (2, 2 * width)):
+            layers += [nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+            channels = out
+        net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+        net = net.to(x.device)
+        optimizer = torch.optim.Adam(net.parameters())
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
+        for _ in range(steps):
+            index = torch.randint(len(x), (batch_size,), device=x.device)
+            optimizer.zero_grad()
+            F.cross_entropy(net(x[index]), y[index]).backward()
+            optimizer.step()
+            schedule.step()
+    return net.eval()
+
+
+class Average(nn.Module):
+    """Mean logits of several passes: the gradient's expectation over noise (EOT, Athalye et al. 2018)."""
+
+    def __init__(self, net, passes=10):
+        super().__init__()
+        self.net, self.passes = net, passes
+
+    def forward(self, x):
+        return torch.stack([self.net(x) for _ in range(self.passes)]).mean(0)
+
+
+def autoattack(net, classes, eps, norm, effort, seed, device):
+    """The attacks of AutoAttack, standard version (Croce & Hein 2020, arXiv 2003.01690), by name.
+
+    `pyautoattack` 0.2.0 is the authors' code of APGD, FAB and Square behind a rewritten front end. Read in
+    its source: "standard" is APGD on cross-entropy, APGD on the targeted DLR loss, FAB-T (each 100 steps, 1
+    restart, the latter two 9 targets) and Square (5000 queries on the margin), each on what the one before
+    left. That is the published version. The attacks are driven from here because the front end does not say
+    which of them broke an image. Targets are counted from the second largest logit on: the default of 9
+    runs past the last class of a network with fewer than 10.
+    """
+    from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+    from pyautoattack.fab_pt import FABAttack_PT
+    from pyautoattack.square import SquareAttack
+
+    common = dict(norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, seed=seed, device=device)
+    steps, targets, queries = effort["apgd_steps"], min(effort["targets"], classes - 1), effort["queries"]
+    attacks = {"apgd-ce": APGDAttack(net, n_iter=steps, **common)}
+    if classes > 3:  # the targeted DLR loss is a ratio that takes four logits
+        attacks["apgd-t"] = APGDAttack_targeted(net, n_iter=steps, n_target_classes=targets, **common)
+    if effort["fab"]:
+        attacks["fab-t"] = FABAttack_PT(net, n_iter=steps, targeted=True, n_target_classes=targets, **common)
+    attacks["square"] = SquareAttack(net, n_queries=queries, resc_schedule=queries < 5000, **common)
+    return attacks
+
+
+@torch.no_grad()
+def logits_of(net, x, batch_size):
+    return torch.cat([net(part).float() for part in x.split(batch_size)])
+
+
+def input_gradient(net, x, y, loss, batch_size):
+    """Gradients of each image's loss with respect to its pixels, or a string: why there are none."""
+    parts = []
+    for x_part, y_part in zip(x.split(batch_size), y.split(batch_size), strict=True):
+        x_part = x_part.detach().clone().requires_grad_()
+        try:
+            with torch.enable_grad():
+                total = LOSSES[loss](net(x_part).float(), y_part).sum()
+                parts.append(torch.autograd.grad(total, x_part)[0])
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
+    return torch.cat(parts)
+
+
+def above(a, b):
+    """Is accuracy `a` above `b` (masks of the same images) by more than two standard errors?"""
+    return (a.sum() - b.sum()).item() > 2 * (a != b).sum().item() ** 0.5
+
+
+def share(mask):
+    return round(mask.double().mean().item(), 6) if len(mask) else 0.0
+
+
+def pixels(eps, norm):
+    return f"{255 * eps:.4g}/255" if norm == "linf" else f"{eps:.4g} (L2)"
+
+
+# --- The audit
+
+
+def audit(net, x, y, eps=8 / 255, norm="linf", *, quick=False, train=None, surrogate=None, others=None,
+          use_autoattack=True, batch_size=250, seed=0, log=print):  # fmt: skip
+    """Attack `net` in every way known here, and check that the attacks worked.
+
+    Args:
+        net: an nn.Module that maps images (N, 3, H, W) in [0, 1] to logits. It is left as it was.
+        x, y: images, floats in [0, 1], and their labels (N,).
+        eps, norm: radius of the ball in pixels; "linf" or "l2".
+        quick: fewer steps, restarts, targets and queries, and no FAB: a first look, not a result.
+        train: images and labels of the training split. A surrogate learns from them, and catastrophic
+            overfitting is looked for there, where it happens.
+        surrogate: an undefended network to transfer from, in the place of one trained here.
+        others: {name: [models]} to craft on as well: paths through the same weights, known to the attacker.
+        use_autoattack: run AutoAttack, if `pyautoattack` is installed.
+        log: what takes the lines of the report.
+
+    Returns:
+        The content of audit.json. `worst`, the share of images that no attack broke, is the robust accuracy.
+    """
+    effort, device, n, began = QUICK if quick else FULL, x.device, len(x), time.time()
+    module = net.func if isinstance(net, partial) else net
+    buffers = [(b, b.clone()) for b in module.buffers()]
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    for p in trainable:  # no attack needs the gradients of the weights
+        p.requires_grad_(False)
+    common = dict(eps=eps, norm=norm, batch_size=batch_size, allow_train_mode=True)
+    training = any(m.training for m in module.modules())  # a finding; the attacks go on regardless
+    attacks, checks, notes, white, black = {}, {}, [], [], []
+
+    def record(name, attack, attacked=None, group=white):
+        """Run `attack(attacked) -> mask of those still correct`. Images not attacked count as broken."""
+        started, attacked = time.time(), clean if attacked is None else attacked
+        still = attack(attacked) if attacked.any() else attacked
+        group.append(still)
+        worst = torch.stack(white + black).all(0)
+        count, accuracy, seconds = attacked.sum().item(), share(still), round(time.time() - started, 2)
+        attacks[name] = dict(attacked=count, accuracy=accuracy, worst_so_far=share(worst), seconds=seconds,
+                             black_box=group is black)  # fmt: skip
+        log(f"{name:<28}{count:>9}{accuracy:>10.3f}{share(worst):>8.3f}{seconds:>9.1f}s")
+        return still
+
+    def by(images=x, labels=y, restarts=1, seed=seed, **settings):
+        """PGD as an attack for `record`: the settings are those of common.pgd.survivors."""
+
+        def attack(attacked):
+            for i in range(restarts):
+                if attacked.any():
+                    kw = {**common, **settings, "seed": seed + i}
+                    attacked = survivors(net, images, labels, attacked, **kw)
+            return attacked
+
+        return attack
+
+    def by_each(perturb):
+        """`perturb(index) -> x_adv` as an attack. What it returns counts only inside the ball and the box."""
+
+        def attack(attacked):
+            attacked = attacked.clone()
+            for index in attacked.nonzero().squeeze(1).split(batch_size) if attacked.any() else ():
+                x_adv = perturb(index).detach()
+                delta = (x_adv - x[index]).flatten(1)
+                size = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
+                valid = (size <= eps * (1 + 1e-5) + 1e-6) & ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
+                attacked[index] = ~valid | (logits_of(net, x_adv, batch_size).argmax(1) == y[index])
+            return attacked
+
+        return attack
+
+    def towards(target):
+        """PGD on z_t - z_y (Gowal et al. 2019, 1910.09338): the margin can get stuck between two classes."""
+
+        def perturb(index):
+            t, generator = target[index, None], torch.Generator(device).manual_seed(seed)
+            return pgd(net, x[index], y[index], eps=eps, step_size=eps / 4, steps=effort["margin_steps"],
+                       loss=lambda z, y: (z.gather(1, t) - z.gather(1, y[:, None])).squeeze(1), norm=norm,
+                       generator=generator, allow_train_mode=True)  # fmt: skip
+
+        return by_each(perturb)
+
+    def library(attack):
+        def perturb(index):
+            with torch.random.fork_rng([device] if x.is_cuda else []), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of zero gradients: the checks below say more
+                return attack.perturb(x[index].contiguous(), y[index])  # its .view refuses channels_last
+
+        return by_each(perturb)
+
+    def check(name, passed, **numbers):
+        numbers = {k: v if not isinstance(v, float) or isfinite(v) else None for k, v in numbers.items()}
+        checks[name] = dict(status="PASS" if passed else "WARN", means=CHECKS[name], numbers=numbers)
+
+    try:
+        z = logits_of(net, x, batch_size)
+        clean, classes, scale = z.argmax(1) == y, z.shape[1], z.abs().max().item()
+        jitter = max((z - logits_of(net, x, batch_size)).abs().max().item() for _ in range(3))
+        randomised = jitter > 1e-5 * scale
+        some = (clean if clean.any() else ~clean).nonzero().squeeze(1)[:250]
+        gradients = {k: input_gradient(net, x[some], y[some], k, batch_size) for k in ("ce", "margin")}
+        blocked = next((g for g in gradients.values() if isinstance(g, str)), None)
+
+        # Attacks. Each attacks all images that are classified correctly, so that its accuracy can be
+        # compared; only the rows with a "+" attack what the row above left: a convergence or a worst case is
+        # all they are for.
+        log(f"{'attack':<28}{'attacked':>9}{'accuracy':>10}{'worst':>8}{'time':>10}")
+        record("clean", lambda attacked: clean, torch.ones_like(clean))
+        record(f"noise, {effort['noise']} draws", by(steps=0, restarts=effort["noise"]), group=black)
+        if blocked is None:
+            fgsm = record("fgsm", by(steps=1, step_size=eps, random_start=False))
+            steps = effort["steps"]
+            ce = [record(f"pgd-{k} ce", by(steps=k, step_size=eps if k == 1 else eps / 4)) for k in steps]
+            if randomised:
+                record("pgd-20 ce, eot 10", by(steps=20, source=Average(net)))
+            k, restarts = effort["margin_steps"], effort["restarts"]
+            cw = left = record(f"pgd-{k} margin", by(steps=k, loss="margin"))
+            for name, size in (("eps/4", eps / 4), ("eps/10", eps / 10), ("eps", eps)):
+                more = by(steps=k, loss="margin", step_size=size, restarts=restarts, seed=seed + 1)
+                left = record(f"+ {restarts} restarts, step {name}", more, left)
+            converged = left
+            wrong = z.scatter(1, y[:, None], float("-inf")).argsort(1, descending=True)  # likeliest first
+            for k in range(min(effort["targets"], classes - 1)):
+                left = record(f"+ targeted, class {k + 1}", towards(wrong[:, k]), left)
+            for name, models in (others or {}).items():
+                for i, source in enumerate(models):
+                    for loss in ("ce", "margin"):
+                        transfer = by(steps=effort["transfer_steps"], loss=loss, source=source)
+                        record(f"{name} {i}, {loss}", transfer)
+        if surrogate is None and train is not None:
+            surrogate = train_surrogate(*train, classes, effort["surrogate_steps"], seed)
+        if surrogate is not None:
+            record("transfer", by(steps=effort["transfer_steps"], source=surrogate), group=black)
+            accuracy = share(logits_of(surrogate, x, batch_size).argmax(1) == y)
+            notes.append(f"transfer is from an undefended network of clean accuracy {accuracy:.3f}")
+        members, standard = {}, None
+        try:
+            members = autoattack(net, classes, eps, norm, effort, seed, device) if use_autoattack else {}
+        except ImportError:
+            notes.append("AutoAttack did not run: pyautoattack is missing; pip install pyautoattack")
+        left = clean
+        for name, attack in members.items():
+            if name == "square":  # on all images too: its accuracy is that under a black-box attack
+                left = left & record(f"square, {effort['queries']} queries", library(attack), group=black)
+            elif blocked is None:
+                left = record(name if name == "apgd-ce" else f"+ {name}", library(attack), left)
+        if members and (quick or blocked is not None):
+            why = "quick mode" if quick else "no gradient"
+            notes.append(f"only parts of AutoAttack ran ({why}): do not compare with published numbers")
+        elif members:
+            standard = share(left)
+            notes.append(f"AutoAttack, standard version: {standard:.3f}")
+
+        # Checks.
+        seen, unseen, worst = (torch.stack(masks).all(0) for masks in (white, black, white + black))
+        if blocked is None:
+            # A larger ball holds the smaller one. In the ball of 0.5 (L2: half the diagonal of the box) every
+            # image can become the same grey, and an attack that works leaves nothing.
+            grid = [eps * f for f in (0.25, 0.5, 1, 2, 4, 8)]
+            grid.append(0.5 if norm == "linf" else 0.5 * x[0].numel() ** 0.5)
+            curve = [clean, *(by(eps=e, steps=20)(clean) for e in grid)]
+            rises = any(above(b, a) for a, b in zip(curve[:-2], curve[1:-1], strict=True))
+            check("falls with eps", not rises and share(curve[-1]) <= 0.02,
+                  **{pixels(e, norm): share(m) for e, m in zip((0, *grid), curve, strict=True)})  # fmt: skip
+            pgd20, best_ce = ce[2], torch.stack(ce).all(0)
+            check("iteration helps", not above(pgd20, fgsm), fgsm=share(fgsm), pgd20=share(pgd20))
+            drift = dict(steps=share(pgd20 & ~ce[-1]), restarts_and_step_sizes=share(cw & ~converged))
+            check("attack converged", max(drift.values()) <= DRIFT, **drift)
+            check("losses agree", share(best_ce & ~seen) <= max(MASKED[0], MASKED[1] * share(best_ce)),
+                  pgd_ce=share(best_ce), all_white_box=share(best_ce & seen))  # fmt: skip
+            # Wong et al. 2020, 2001.03994. (An undefended network falls to both, and some of it to twenty
+            # steps only.)
+            xt, yt = (t[:n] for t in train) if train is not None else (x, y)
+            on_train = partial(by, xt, yt)(eps=0, steps=0)(torch.ones_like(yt, dtype=torch.bool))
+            one = share(by(xt, yt, steps=1, step_size=eps, random_start=False)(on_train))
+            twenty = share(by(xt, yt, steps=20)(on_train))
+            check("no catastrophic overfitting", one - twenty <= 0.25 or one < 0.5 * share(on_train),
+                  clean=share(on_train), fgsm=one, pgd20=twenty)  # fmt: skip
+            none = {k: share(((g == 0) | ~g.isfinite()).flatten(1).all(1)) for k, g in gradients.items()}
+            check("gradients are there", max(none.values()) <= USELESS,
+                  none_ce=none["ce"], none_margin=none["margin"])  # fmt: skip
+            # A step of h along its sign should change the margin by h |g|_1. What is behind a
+            # straight-through estimator moves in jumps, or not at all. (The margin: the gradient of
+            # cross-entropy may underflow.)
+            g, h = gradients["margin"], 1e-4
+            inner = x[some].clamp(h, 1 - h)
+            up, down = (logits_of(net, inner + s * g.sign(), batch_size) for s in (h, -h))
+            change = margin(up, y[some]) - margin(down, y[some])
+            ratio = (change / (2 * h * g.flatten(1).abs().sum(1))).nan_to_num(0, 0, 0)
+            agree = share((ratio > 0.5) & (ratio < 2))
+            check("gradients are true", agree >= 0.8, agree=agree, median_ratio=ratio.median().item())
+        only = (seen & ~unseen).sum().item()
+        check("black box is weaker", only <= max(1, BLACK_BOX * n), broken_by_black_box_only=only)
+        finite, rows = z.isfinite().all().item(), z.sum(1)
+        probabilities = ((z >= 0).all() & ((rows - 1).abs() < 1e-3).all()).item()
+        check("outputs are logits", finite and not probabilities, finite=finite, probabilities=probabilities)
+        # In float32 a probability rounds to 1 from a lead of 17 on (as some images' do in undefended
+        # networks), and the others underflow from 87 to 104.
+        lead = (z.topk(2).values * torch.tensor([1.0, -1.0], device=device)).sum(1)
+        check("logits in range", share(lead > 87) <= USELESS and share(lead > 17) <= 0.5,
+              confidence_is_1=share(lead > 17), others_are_0=share(lead > 87))  # fmt: skip
+        check("deterministic", not randomised, largest_difference=jitter, largest_logit=scale)
+        k, mode = min(n, 32), "training: call .eval()" if training else "eval"
+        try:  # alone, and among others
+            company = logits_of(net, torch.cat([1 - x[:k], x[:k]]), 2 * k)[k:]
+            alone = logits_of(net, x[:k], 1)
+            apart = max((z[:k] - other).abs().max().item() for other in (alone, company))
+        except (RuntimeError, ValueError):  # BatchNorm in training mode can refuse a single sample
+            apart = float("inf")
+        check("images independent", not training and apart <= 1e-4 * scale + 2 * jitter,
+              largest_difference=apart, mode=mode)  # fmt: skip
+        majority, robust = y.bincount().max().item() / n, y[worst]
+        one_class = robust.bincount().max().item() / len(robust) if len(robust) >= 10 else 0.0
+        check("not one class", share(clean) > majority + 0.01 and one_class <= max(0.9, majority + 0.1),
+              clean=share(clean), majority=majority, largest_class_of_the_robust=one_class)  # fmt: skip
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+        for b, saved in buffers:
+            b.copy_(saved)
+
+    for name in CHECKS.keys() - checks.keys():
+        check(name, False, impossible=f"no gradient reaches the input ({blocked})")
+    checks = {name: checks[name] for name in CHECKS}  # in this order
+    warned = [name for name in checks if checks[name]["status"] == "WARN"]
+    verdict = f"robust accuracy {share(worst):.3f} at {pixels(eps, norm)} on {n} images"
+    if warned:
+        count = f"{len(warned)} warning{'s' * (len(warned) > 1)}"
+        verdict = f"DO NOT TRUST {verdict}: {count} ({', '.join(warned)})"
+    else:
+        verdict += f" stands: {len(checks)} checks passed"
+        verdict += ", quick mode" * quick + ", without AutoAttack" * (not members)
+    log("\n" + "\n".join(f"note: {note}" for note in notes) + "\n" * bool(notes))
+    for name, c in checks.items():
+        numbers = [(k, f"{v:.4g}" if isinstance(v, float) else v) for k, v in c["numbers"].items()]
+        log(f"{c['status']}  {name:<29}{', '.join(f'{k} {v}' for k, v in numbers)}")
+        if c["status"] == "WARN":
+            log(f"      {c['means']}")
+    log(f"\nverdict: {verdict}")
+    return dict(eps=eps, norm=norm, evaluated=n, quick=quick, clean=share(clean), worst=share(worst),
+                autoattack=standard, attacks=attacks, checks=checks, warnings=warned, notes=notes,
+                verdict=verdict, seconds=round(time.time() - began, 1))  # fmt: skip
+
+
+# --- Command line
+
+
+@dataclass
+class Args:
+    run: tyro.conf.Positional[str]
+    """a run's folder, whose best.pt is audited, or a .pt file"""
+    quick: bool = False
+    """fewer images, steps, targets and queries: a first look"""
+    eps: str | None = None
+    """radius of the ball, as in 8/255 (None: the run's own, or 8/255 if it was trained without attacks)"""
+    norm: Literal["linf", "l2"] | None = None
+    """norm of the ball (None: the run's own)"""
+    n: int | None = None
+    """test images: the first so many (None: 1000, with --quick 200)"""
+    autoattack: bool = True
+    """run AutoAttack (needs pyautoattack)"""
+    batch_size: int = 250
+    """images in a pass"""
+    seed: int = 0
+    """seed of the attacks and of the surrogate"""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N"""
+    data_dir: str | None = None
+    """folder of the data sets (None: where the run had them)"""
+
+
+def die(message):
+    """A user's mistake: one line, exit status 2, no traceback."""
+    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def script_of(run):
+    """The module that made a run's folder or a .pt file."""
+    path = run / "args.json" if run.is_dir() else run
+    if not path.is_file():
+        die(f"there is no {path}: name a run's folder or a .pt file")
+    try:
+        content = json.loads(path.read_text()) if run.is_dir() else torch.load(path, weights_only=True)
+        script = content["script"]
+    except Exception as error:
+        die(f"{path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})")
+    if not (ROOT / f"{script}.py").is_file():
+        die(f"{path} is from {script}.py, which is not in {ROOT}")
+    return importlib.import_module(script)
+
+
+def main():
+    a = tyro.cli(Args, description=__doc__)
+    run = Path(a.run)
+    script = script_of(run)
+    try:
+        eps = None if a.eps is None else float(Fraction(a.eps))
+    except (ValueError, ZeroDivisionError):
+        die(f"--eps {a.eps} is not a number such as 8/255")
+    if eps is not None and (eps <= 0 or a.norm != "l2" and eps > 1):
+        hint = f": did you mean {a.eps}/255?" * (eps > 0)
+        die(f"--eps {a.eps} is outside (0, 1], the range of a pixel{hint}")
+    if a.batch_size < 1 or a.n is not None and a.n < 1:
+        die("--batch-size and --n must be at least 1")
+    if a.device == "auto":
+        a.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(a.device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        die(f"--device {a.device}: {str(error).splitlines()[0]}")
+    torch.backends.cudnn.allow_tf32 = False  # rounding to 10 bits would show up as false gradients
+    net, args = script.load(a.run, device)
+    try:
+        sizes = args.train_size, args.val_size, args.test_size
+        d = data.load(args.dataset, a.data_dir or args.data_dir, device, *sizes)
+    except data.DataError as error:
+        die(error)
+    x, y = data.to_float(d.test.x), d.test.y
+    n = a.n or (QUICK if a.quick else FULL)["n"]
+    eps, norm = eps or args.eps or 8 / 255, a.norm or args.norm
+    print(f"{run}: {script.__name__} on {d.name}, first {min(n, len(y))} of {len(y)} test images, {norm} "
+          f"{pixels(eps, norm)}, {device}\n")  # fmt: skip
+    result = audit(net, x[:n], y[:n], eps, norm, quick=a.quick, use_autoattack=a.autoattack, seed=a.seed,
+                   train=(data.to_float(d.train.x[:20_000]), d.train.y[:20_000]), batch_size=a.batch_size,
+                   others=getattr(script, "frozen_weights", lambda *_: None)(net, args),
+                   log=partial(print, flush=True))  # fmt: skip
+    about = dict(script=script.__name__, dataset=d.name, checkpoint="best.pt" if run.is_dir() else run.name,
+                 command=shlex.join(["python", *sys.argv]), torch=torch.__version__)  # fmt: skip
+    path = run / "audit.json" if run.is_dir() else run.with_name(f"audit_{run.stem}.json")
+    try:
+        path.with_suffix(".tmp").write_text(json.dumps({**about, **result}, indent=1))
+        os.replace(path.with_suffix(".tmp"), path)
+    except OSError as error:
+        die(f"cannot write {path}: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Gather the results.json of runs into a csv, one row per run and checkpoint, and print means over seeds as a table.
+
+    python benchmark/collect.py results/afa.csv runs/digits__afa__*
+
+Rows come from results.json and args.json alone, nothing is typed in. Rows that are in the csv already are kept, and
+replaced where the same command was run again on the same seed.
+"""
+
+import csv
+import importlib
+import json
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import tyro
+
+from common.data import UserError
+
+NOT_A_SETTING = {"dataset", "preset", "data_dir", "runs_dir", "seed", "device", "resume", "eval_only"}
+
+
+@dataclass
+class Args:
+    out: tyro.conf.Positional[Path]  # csv to write
+    runs: Annotated[tuple[Path, ...], tyro.conf.arg(name="")] = ()  # folders of finished runs
+    checkpoint: str = "best"  # checkpoint of the printed table: best or last
+
+
+def setting(script, info):
+    """The arguments of a run that differ from what its data set's preset gives, as flags: its name in tables."""
+    module, args = importlib.import_module(script), info["args"]
+    usual = {**vars(module.Args()), **module.PRESETS[args["dataset"]][args["preset"]]}
+    changed = {k: v for k, v in args.items() if k not in NOT_A_SETTING and v != usual[k] and v != list(usual[k] or [])}
+    shown = {k: f"{255 * v:g}/255" if k in ("eps", "step_size") else v for k, v in changed.items()}
+    flags = [f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in shown.items()]
+    return " ".join(([f"--preset {args['preset']}"] if args["preset"] != "fast" else []) + flags) or "default"
+
+
+def rows(run):
+    try:
+        info, results = (json.loads((run / name).read_text()) for name in ("args.json", "results.json"))
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} is not there: the run has not finished, --resume it") from None
+    shared = {k: results[k] for k in ("script", "dataset", "seed")} | {"setting": setting(results["script"], info)}
+    names = ("evaluated", "train_seconds", "images_per_second", "device", "python", "torch", "commit", "command")
+    rest = {k: results[k] for k in names}
+    for name, row in results["checkpoints"].items():
+        curve = {f"pgd20@{k}": v for k, v in results["robustness_curve"].items()} if name == "best" else {}
+        yield {**shared, "checkpoint": name, **row, **curve, "eps": round(255 * results["eps"], 6), **rest}
+
+
+def key(row):
+    return tuple(str(row[k]) for k in ("script", "dataset", "setting", "seed", "checkpoint"))
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    known = {}
+    if args.out.exists():
+        with open(args.out, newline="") as f:
+            known = {key(row): row for row in csv.DictReader(f)}
+    known |= {key(row): row for run in args.runs for row in rows(run)}
+    table = [known[k] for k in sorted(known)]
+    if not table:
+        raise UserError("no runs: name their folders")
+    columns = list(dict.fromkeys(k for row in table for k in row))
+    with open(args.out, "w", newline="") as f:
+        writer = csv.DictWriter(f, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
+    groups = defaultdict(list)
+    for row in table:
+        if row["checkpoint"] == args.checkpoint:
+            groups[row["dataset"], row["setting"]].append(row)
+    shown = [c for c in ("clean", "fgsm", "pgd20", "pgd50_margin", "transfer", "worst") if c in columns]
+    print("| data set | setting | seeds | " + " | ".join(shown) + " |\n" + "|-" * (3 + len(shown)) + "|")
+    for (dataset, name), group in groups.items():
+        cells = []
+        for c in shown:
+            values = [100 * float(row[c]) for row in group if row.get(c) not in (None, "")]
+            spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{mean(values):.1f}{spread}" if values else "")
+        print(f"| {dataset} | {name} | {len(group)} | " + " | ".join(cells) + " |")

@@ -1,0 +1,93 @@
+"""What the documents say against what the code does, and the scripts against each other."""
+
+import ast
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import tyro
+from conftest import ROOT
+
+SCRIPTS = [path for path in (ROOT / f"{name}.py" for name in ("afa", "aalp", "vfd_adv", "abnn")) if path.exists()]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmark").glob("*.sh"))]
+# Names that differ between the scripts because they are the method or its frame.
+METHOD_SPECIFIC = {"Args", "measure"}
+
+
+def test_repeated_functions_are_identical():
+    definitions = {}
+    for script in SCRIPTS:
+        for node in ast.parse(script.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in METHOD_SPECIFIC:
+                definitions.setdefault(node.name, {})[script.name] = ast.unparse(node)
+    assert "PreActResNet" in definitions and "evaluate" in definitions
+    for name, versions in definitions.items():
+        assert len(set(versions.values())) == 1, f"{name} differs between {', '.join(versions)}"
+
+
+def commands():
+    for path in DOCUMENTS:
+        text = path.read_text().replace("\\\n", " ")
+        for script, arguments in re.findall(r"python3? (afa|aalp|vfd_adv|abnn)\.py\b([^\n`#]*)", text):
+            yield pytest.param(script, arguments.split("&&")[0].strip(), id=f"{path.name}: {script} {arguments.strip()}")
+
+
+@pytest.mark.parametrize("script, arguments", commands())
+def test_every_command_in_the_documents_parses(script, arguments):
+    module = importlib.import_module(script)
+    words = [re.sub(r"^\$\w+$", "1", word) for word in shlex.split(arguments)]
+    tyro.cli(module.Args, args=words)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_flag_in_the_documents_exists(document):
+    known = {"--logdir"}
+    for path in [*SCRIPTS, *(ROOT / "benchmark").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                known |= {"--" + node.target.id.replace("_", "-"), "--no-" + node.target.id.replace("_", "-")}
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", document.read_text())) - known
+    assert not flags, f"{document.name} names flags that no program has: {flags}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_decisions_in_code_and_docs_are_the_same(script):
+    code = set(re.findall(r"\bD\d+\b", script.read_text()))
+    docs = set(re.findall(r"^\s*- \*\*(D\d+)\b", (ROOT / "docs" / f"{script.stem}.md").read_text(), re.M))
+    assert code == docs and docs
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_argument_is_in_the_docs(script):
+    text = (ROOT / "docs" / f"{script.stem}.md").read_text()
+    missing = [k for k in vars(importlib.import_module(script.stem).Args()) if f"`--{k.replace('_', '-')}`" not in text]
+    assert not missing
+
+
+def test_functions_and_links_in_the_docs_exist():
+    for document in DOCUMENTS:
+        if document.suffix != ".md":
+            continue
+        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", document.read_text()):
+            if not target.startswith("http"):
+                assert (document.parent / target).exists(), f"{document.name} links to {target}, which does not exist"
+
+
+def test_ci_runs_the_readme_s_test_command():
+    line = (ROOT / ".ci" / "run").read_text().strip().splitlines()[-1]
+    assert line in (ROOT / "README.md").read_text()
+
+
+def test_results_come_from_runs_and_agree_with_the_docs():
+    """Every row of a results table in the docs is what benchmark/collect.py prints for the csv in results/."""
+    for script in SCRIPTS:
+        csv = ROOT / "results" / f"{script.stem}.csv"
+        before = csv.read_bytes()
+        run = subprocess.run([sys.executable, ROOT / "benchmark" / "collect.py", csv], capture_output=True, text=True)
+        assert run.returncode == 0 and csv.read_bytes() == before
+        docs = (ROOT / "docs" / f"{script.stem}.md").read_text()
+        for line in run.stdout.splitlines():
+            assert line in docs, f"docs/{script.stem}.md lacks or contradicts: {line}"

@@ -169,7 +169,8 @@ def audit(net, x, y, eps=8 / 255, norm="linf", *, quick=False, train=None, surro
         train: images and labels of the training split. A surrogate learns from them, and catastrophic
             overfitting is looked for there, where it happens.
         surrogate: an undefended network to transfer from, in the place of one trained here.
-        others: {name: [models]} to craft on as well: paths through the same weights, known to the attacker.
+        others: models to craft on as well, a list or {name: list}: paths through the same weights, which a
+            white-box attacker knows.
         use_autoattack: run AutoAttack, if `pyautoattack` is installed.
         log: what takes the lines of the report.
 
@@ -278,7 +279,8 @@ def audit(net, x, y, eps=8 / 255, norm="linf", *, quick=False, train=None, surro
             wrong = z.scatter(1, y[:, None], float("-inf")).argsort(1, descending=True)  # likeliest first
             for k in range(min(effort["targets"], classes - 1)):
                 left = record(f"+ targeted, class {k + 1}", towards(wrong[:, k]), left)
-            for name, models in (others or {}).items():
+            others = others if isinstance(others, dict) else {"same weights": others or ()}
+            for name, models in others.items():
                 for i, source in enumerate(models):
                     for loss in ("ce", "margin"):
                         transfer = by(steps=effort["transfer_steps"], loss=loss, source=source)

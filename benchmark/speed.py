@@ -3,10 +3,10 @@
     python benchmark/speed.py                       # presets by device; a few minutes on a CPU
     python benchmark/speed.py --no-compile --modes bf16 --layouts channels_last --out speed.json
 
-A time means little without its *floor*, what the passes alone take: K forward and backward passes to the input
-for an attack, one more to the weights and the optimiser for a training step. Cases take turns, and a ratio is
-the median over the rounds of time / floor in that round: a machine that slows down slows both.
-Peers are optional: pip install --no-deps torchattacks; pip install foolbox.
+A time means little without its *floor*, what the passes alone take: K forward and backward passes to the
+input for an attack, one more to the weights and the optimiser for a training step. Cases take turns, and a
+ratio is the median over the rounds of time / floor: a machine that slows down slows both. Peers are optional:
+pip install --no-deps torchattacks; pip install foolbox.
 """
 
 import json
@@ -109,7 +109,6 @@ def foolbox(library, steps, net, x, y):
 def cases(key, bn, peers, args, device):
     """Rows (key, name, its floor, function that times it) of a network, and {attack: forward passes}."""
     kind, arch, width, mode, layout = key
-    torch.manual_seed(0)
     form = dict(memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format)
     net = afa.AFANet(afa.Args(arch=arch, width=width, bn=bn), CLASSES).to(device, **form).eval()
     x = torch.rand(args.batch_size, 3, SIZE, SIZE, device=device).contiguous(**form)
@@ -195,8 +194,7 @@ def ratio(above, below):
 
 
 def die(message):
-    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    sys.exit(print(f"{Path(__file__).name}: error: {message}", file=sys.stderr) or 2)
 
 
 if __name__ == "__main__":
@@ -253,10 +251,9 @@ if __name__ == "__main__":
             seconds[key, name].append(run())
         print(f"round {r} of {args.repeats}: {time.time() - start:.0f} s", file=sys.stderr, flush=True)
     seconds = {case: t[1:] for case, t in seconds.items()}
-
     same = "all the same" if set(forwards.values()) == {args.steps} else f"WARNING: not all {args.steps}"
     print("\nforward passes of one attack call:", *(f"{k} {n}," for k, n in forwards.items()), same)
-    times, gains = [], []
+    times, gains, targets = [], [], []
     for key, name, floor, _ in rows:
         if not times or key != times[-1]["key"]:
             print(f"\n{' '.join(map(str, key)):<46}{'ms':>9}{'x floor':>9}   quartiles")
@@ -268,14 +265,13 @@ if __name__ == "__main__":
         times.append(entry)
         others = {"bf16 over fp32": (*key[:3], "fp32", key[4]), "compiled over eager": ("eager", *key[1:]),
                   "channels_last over contiguous": (*key[:4], "contiguous")}  # fmt: skip
-        pairs = {what: (other, name) for what, other in others.items() if other != key and "floor" not in shown}
+        pairs = {what: (other, name) for what, other in others.items() if floor and other != key}
         pairs |= {f"pgd over {peer}": (key, peer) for peer in peers if name == "pgd"}
         gains += [dict(what=what, key=key, name=name, **ratio(seconds[pair], seconds[key, name]))
                   for what, pair in pairs.items() if name not in peers and pair in seconds]  # fmt: skip
     print(f"\n{'times faster':<92}{'gain':>6}   quartiles")
     for g in gains:
-        label = " ".join((g["what"] + ":", g["name"], *map(str, g["key"])))
-        print(f"  {label:<90}{g['ratio']:>6.2f}   {g['q1']:.2f} {g['q3']:.2f}")
+        print(f"  {' '.join((g['what'] + ':', g['name'], *map(str, g['key']))):<90}{g['ratio']:>6.2f}   {g['q1']:.2f} {g['q3']:.2f}")
     if loaders:
         print("\nloader: {ours:,.0f} images/s, torchvision {torchvision:,.0f}".format(**loaders))
 
@@ -283,7 +279,6 @@ if __name__ == "__main__":
     rows = [(f"{e['name']} / floor", e["ratio"]) for e in times if "ratio" in e]
     rows += [(f"{e['key'][0]} {e['what']}, {e['name']}", e["ratio"]) for e in gains]
     rows += [("loader over torchvision's", loaders["ratio"])] if loaders else []
-    targets = []
     print(f"\n{'targets (the worst row decides)':<46}{'target':>9}{'measured':>9}   reached")
     for what, sign, limit in (
         ("pgd / floor", "<=", 1.02), ("training step / floor", "<=", 1.05),
@@ -298,8 +293,8 @@ if __name__ == "__main__":
         print(f"  {what:<44}{f'{sign} {limit:g}':>9}{shown}")
     print(f"\n{time.time() - begun:.0f} s")
     if args.out:
-        result = dict(args=asdict(args), device=where, torch=torch.__version__, forwards=forwards, times=times,
-                      gains=gains, loader=loaders, targets=targets)  # fmt: skip
+        result = dict(args=asdict(args), device=where, torch=torch.__version__, forwards=forwards)
+        result |= dict(times=times, gains=gains, loader=loaders, targets=targets)
         unfinished = Path(args.out).with_suffix(".tmp")
         unfinished.write_text(json.dumps(result, indent=1))
         unfinished.replace(args.out)  # a file that exists is complete

@@ -14,6 +14,7 @@ import os
 import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -53,7 +54,8 @@ class Data:
 
 
 def _write(path, content):
-    unfinished = Path(path).with_suffix(f".{os.getpid()}.tmp")
+    path = Path(path)
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         with open(unfinished, "wb") as f:
             if path.suffix == ".json":
@@ -65,9 +67,13 @@ def _write(path, content):
             f.flush()
             os.fsync(f.fileno())
         os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:  # to torch.save a full disk is a RuntimeError
-        unfinished.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({str(error).splitlines()[0]}); what was there before is intact") from None
+    except BaseException as error:
+        with suppress(OSError):  # a file system mounted read-only refuses even to remove what is not there
+            unfinished.unlink(missing_ok=True)
+        if not isinstance(error, (OSError, RuntimeError)):  # to torch.save a full disk is a RuntimeError
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise OSError(f"cannot write {path} ({reason}); what was there before is intact") from None
 
 
 def save(path, content):
@@ -162,9 +168,9 @@ def _md5(path):
         return hashlib.file_digest(f, "md5").hexdigest()
 
 
-def _damaged(path, error):
+def _damaged(path, error, remove=None):
     return UserError(f"{path} cannot be read ({type(error).__name__}: {error}): it is truncated or corrupt; "
-                     "delete it and start again to download it, or put an intact copy in its place")  # fmt: skip
+                     f"put an intact copy in its place, or delete {remove or 'it'} to download it again")  # fmt: skip
 
 
 def _download(what, data_dir, fetch):
@@ -186,7 +192,7 @@ def _read_cifar(data_dir, dataset, label_key, names_key):
             with open(folder / name, "rb") as f:
                 return pickle.load(f, encoding="latin1")
         except Exception as error:
-            raise _damaged(folder / name, error) from None
+            raise _damaged(folder / name, error, folder) from None
 
     def images(parts):
         present = [name for name, _ in parts if (folder / name).exists()]
@@ -199,13 +205,18 @@ def _read_cifar(data_dir, dataset, label_key, names_key):
             try:
                 x.append(np.asarray(entry["data"], np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
                 y.append(np.asarray(entry[label_key], np.int64).reshape(len(x[-1])))
-            except (KeyError, TypeError, ValueError) as error:
-                raise _damaged(folder / name, error) from None
+            except Exception as error:
+                raise _damaged(folder / name, error, folder) from None
         return np.concatenate(x), np.concatenate(y)
 
     official = all((folder / name).exists() and _md5(folder / name) == md5 for name, md5 in wanted.items())
     meta = folder / dataset.meta["filename"]
-    classes = read(meta.name)[names_key] if meta.exists() else map(str, range(100 if "fine" in label_key else 10))
+    classes = map(str, range(100 if "fine" in label_key else 10))
+    if meta.exists():
+        entry = read(meta.name)
+        if not isinstance(entry, dict) or names_key not in entry:
+            raise _damaged(meta, KeyError(names_key), folder)
+        classes = entry[names_key]
     return images(dataset.train_list), images(dataset.test_list), list(classes), official
 
 
@@ -234,7 +245,10 @@ def read_svhn(data_dir):
         try:
             mat = scipy.io.loadmat(path)
             x = np.ascontiguousarray(mat["X"].transpose(3, 0, 1, 2))
-            y = mat["y"].astype(np.int64).reshape(len(x)) % 10  # the files call the digit zero 10
+            y = mat["y"].astype(np.int64).reshape(len(x))
+            y[y == 10] = 0  # the files call the digit zero 10
+            if x.dtype != np.uint8 or x.shape[1:] != (32, 32, 3):
+                raise ValueError(f"X holds {x.dtype} of shape {mat['X'].shape}")
         except Exception as error:
             raise _damaged(path, error) from None
         official &= _md5(path) == md5
@@ -260,9 +274,12 @@ def read_tiny_imagenet(data_dir):
     number = {wnid: i for i, wnid in enumerate(classes)}
     train = [(path, number[c]) for c in classes for path in sorted((root / "train" / c).rglob("*.JPEG"))]
     annotations = root / "val" / "val_annotations.txt"
-    if (root / "val" / "images").is_dir() and annotations.exists():
-        rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines() if line]
-        val = [(root / "val" / "images" / file, number.get(c, -1)) for file, c in rows]
+    if annotations.exists() and any((root / "val" / "images").glob("*.JPEG")):
+        try:
+            rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines() if line]
+            val = [(root / "val" / "images" / file, number.get(c, -1)) for file, c in rows]
+        except ValueError as error:  # not text, or a line cut off
+            raise _damaged(annotations, error, root) from None
     else:
         val = [(path, number[c]) for c in classes for path in sorted((root / "val" / c).rglob("*.JPEG"))]
     if not train or not val:
@@ -283,17 +300,22 @@ def _decode(files, cache):
     except Exception:  # absent, unreadable or of other files: decode again
         pass
 
-    def one(entry):
-        path, _ = entry
+    def one(entry):  # an error is returned and raised below: one line for the user, however many files are damaged
         try:
-            with Image.open(path) as image:
+            with Image.open(entry[0]) as image:
+                if image.size != (64, 64):
+                    raise ValueError(f"{image.size[0]}x{image.size[1]} pixels instead of 64x64")
                 return np.asarray(image.convert("RGB"))  # about one image in fifty is greyscale
         except Exception as error:
-            raise _damaged(path, error) from None
+            return error
 
     print(f"decoding {len(files)} images of {cache.parent} (once)", flush=True)
     with ThreadPoolExecutor() as pool:
-        x = np.stack(list(pool.map(one, files)))
+        x = list(pool.map(one, files))
+    for image, (path, _) in zip(x, files, strict=True):
+        if isinstance(image, Exception):
+            raise _damaged(path, image, cache.parent)
+    x = np.stack(x)
     y = np.array([label for _, label in files], np.int64)
     try:
         _write(cache, dict(x=x, y=y, names=names))

@@ -30,7 +30,7 @@ def margin(logits, y):
 
 def kl(logits, reference_logits):
     """KL(softmax(reference) || softmax(logits)) per sample, (N,): the inner attack of TRADES (Zhang et al. 2019)."""
-    log_p, log_q = F.log_softmax(reference_logits, 1), F.log_softmax(logits, 1)
+    log_p, log_q = F.log_softmax(reference_logits.float(), 1), F.log_softmax(logits, 1)
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
 
 
@@ -50,14 +50,16 @@ def _l2(v):
     return v.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, *[1] * (v.ndim - 1))
 
 
-def _start(x, eps, norm, generator):
-    """A uniform draw from the eps ball around 0."""
+def _start(x, eps, norm, mask, generator):
+    """A uniform draw from the eps ball around 0, of the masked pixels if there is a mask."""
     noise = torch.empty_like(x)
     if norm == "linf":
         return noise.uniform_(-1, 1, generator=generator) * eps
     noise.normal_(generator=generator)
+    if mask is not None:
+        noise = noise * mask  # before the norm is taken, or the start shrinks with the mask
     # Volume grows as r^d, so the radius of a uniform point is U^(1/d): in d = 3072 nearly always close to eps.
-    radius = torch.rand(len(x), device=x.device, generator=generator) ** (1 / x[0].numel())
+    radius = torch.rand(len(x), device=x.device, generator=generator) ** (1 / x.shape[1:].numel())
     return noise / _l2(noise) * _per_sample(radius, x) * eps
 
 
@@ -103,7 +105,7 @@ def pgd(model, x, y, *, eps, step_size, steps, norm="linf", loss="ce", random_st
         raise ValueError("the model is in training mode: call .eval() before an attack, or pass allow_train_mode=True")
     loss_fn = loss if callable(loss) else LOSSES[loss]
     sign = -1.0 if targeted else 1.0
-    x, eps, step_size = x.detach(), _per_sample(eps, x), _per_sample(step_size, x)
+    x, y, eps, step_size = x.detach(), y.detach(), _per_sample(eps, x), _per_sample(step_size, x)
     label = y if y.ndim == 1 else y.argmax(1)
 
     def project(x_adv):
@@ -133,16 +135,18 @@ def pgd(model, x, y, *, eps, step_size, steps, norm="linf", loss="ce", random_st
         p.requires_grad_(False)
     try:
         for _restart in range(restarts):
-            x_adv = project(x + _start(x, eps, norm, generator)) if random_start else x
+            x_adv = project(x + _start(x, eps, norm, mask, generator)) if random_start else x.clone()
             for _step in range(steps):
                 x_adv = x_adv.detach().requires_grad_()
                 with torch.enable_grad():
                     logits = model(x_adv)
                     objective = sign * loss_fn(logits.float(), y)
-                    if not objective.requires_grad:
-                        raise ValueError("the model's output has no gradient with respect to its input")
                     # Summed, never averaged: a mean shrinks every gradient by the batch size, towards underflow.
-                    (grad,) = torch.autograd.grad(objective.sum(), x_adv)
+                    total, grad = objective.sum(), None
+                    if total.requires_grad:
+                        (grad,) = torch.autograd.grad(total, x_adv, allow_unused=True)
+                    if grad is None:
+                        raise ValueError("the model's output has no gradient with respect to its input")
                 with torch.no_grad():
                     if keep_best:
                         keep_worse(x_adv.detach(), logits, objective)
@@ -167,15 +171,20 @@ def survivors(model, x, y, alive=None, *, eps, steps, step_size=None, relative_s
     Only samples marked in `alive` (N,) are attacked, in each restart those that survived the ones before, so that an
     accuracy costs what its survivors cost. step_size None is `relative_step` * eps. `source` is another model to craft
     on, for a transfer attack. The other `settings` are those of `pgd`; eps and step_size may be one value per sample.
+    A misclassified sample that an attack happens to repair counts as a survivor: pass the clean mask as `alive`.
     """
     eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device).expand(len(x))
     step_size = relative_step * eps if step_size is None else step_size
     step_size = torch.as_tensor(step_size, dtype=x.dtype, device=x.device).expand(len(x))
     alive = torch.ones(len(x), dtype=torch.bool, device=x.device) if alive is None else alive.clone()
     generator = torch.Generator(x.device).manual_seed(seed)
+    source = model if source is None else source  # an empty nn.Sequential is false
+    settings.setdefault("random_start", steps > 0)  # no steps means no attack, not one with noise
+    if any(m.training for m in (model.func if isinstance(model, partial) else model).modules()):
+        raise ValueError("the model is in training mode: call .eval() before an attack")  # pgd looks at the source only
     for _ in range(restarts):
         for i in alive.nonzero().squeeze(1).split(batch_size) if alive.any() else ():
-            x_adv = pgd(source or model, x[i], y[i], eps=eps[i], step_size=step_size[i], steps=steps,
+            x_adv = pgd(source, x[i], y[i], eps=eps[i], step_size=step_size[i], steps=steps,
                         generator=generator, **settings)  # fmt: skip
             with torch.no_grad():
                 alive[i] = model(x_adv).argmax(1) == y[i]
@@ -185,8 +194,10 @@ def survivors(model, x, y, alive=None, *, eps, steps, step_size=None, relative_s
 def attack_metrics(model, x, y, x_adv):
     """What an attack did to a batch, as numbers: where robustness looks too good, one of these looks odd."""
     x = x.detach().requires_grad_()
+    with torch.no_grad():
+        logits_adv = model(x_adv).float()
     with torch.enable_grad():
-        logits, logits_adv = model(x), model(x_adv)
+        logits = model(x).float()
         loss, loss_adv = (F.cross_entropy(z, y, reduction="sum") for z in (logits, logits_adv))
         (grad,) = torch.autograd.grad(loss, x)
     correct, fooled = logits.argmax(1) == y, logits_adv.argmax(1) != y

@@ -47,7 +47,7 @@ def train(split, eps, epochs, seed=0, width=16):
 @pytest.fixture(scope="module")
 def digits():
     d = data.load("digits", train_size=4000)
-    return SimpleNamespace(x=data.to_float(d.test.x[:100]), y=d.test.y[:100], split=d.train,
+    return SimpleNamespace(x=data.to_float(d.test.x[:80]), y=d.test.y[:80], split=d.train,
                            train=(data.to_float(d.train.x[:1000]), d.train.y[:1000]))  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def test_honest_network_passes_with_autoattack(digits, robust, surrogate):
     assert result["clean"] > 0.7
     assert {"fgsm", "transfer", "apgd-ce", "+ apgd-t", "square, 500 queries"} <= set(result["attacks"])
     assert result["autoattack"] is None and any("only parts of AutoAttack" in line for line in lines)  # quick
-    assert lines[-1].endswith(f"on 100 images stands: {len(CHECKS)} checks passed, quick mode")
+    assert lines[-1].endswith(f"on 80 images stands: {len(CHECKS)} checks passed, quick mode")
     json.dumps(result, allow_nan=False)
 
 
@@ -243,9 +243,9 @@ def load(run, device):
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten(), torch.nn.Linear(48, 10))
     return net.to(device).eval(), SimpleNamespace(
-        dataset="digits", data_dir="data", train_size=500, val_size=100, test_size=50, eps=2 / 255, norm="linf")
+        dataset="digits", data_dir="data", train_size=500, val_size=9, test_size=50, eps=2 / 255, norm="linf")
 def frozen_weights(net, args):
-    return {"itself": [net]}
+    return [net]
 """
 
 
@@ -270,7 +270,7 @@ def test_command_line_writes_audit_json(command_line, tmp_path, capsys):
     result = json.loads((tmp_path / "audit.json").read_text())
     assert result["script"] == "scriptofatest" and result["evaluated"] == 30
     assert result["eps"] == pytest.approx(1 / 255)
-    assert "itself 0, ce" in result["attacks"] and "transfer" in result["attacks"]
+    assert "same weights 0, ce" in result["attacks"] and "transfer" in result["attacks"]
     assert capsys.readouterr().out.rstrip().endswith(result["verdict"])
     assert not list(tmp_path.glob("*.tmp"))
     torch.save({"script": "scriptofatest"}, tmp_path / "last.pt")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--device", "cpu", "--arch", "preactresnet8", "--width", "4", "--batch-size", "4", "--steps", "2",
-        "--repeats", "2", "--no-compile"]  # fmt: skip
+        "--repeats", "1", "--no-compile"]  # fmt: skip
 
 
 def speed(*flags):
@@ -35,6 +35,5 @@ def test_tables(tmp_path):
 
 
 def test_bad_input_is_refused_in_one_line():
-    for flags, message in ((["--modes", "fp16"], "--modes are"), (["--steps", "0"], "greater than 0")):
-        run = speed(*flags)
-        assert run.returncode == 2 and message in run.stderr and "Traceback" not in run.stderr
+    run = speed("--modes", "fp16")
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and "--modes are fp32,bf16" in run.stderr

@@ -381,11 +381,12 @@ if __name__ == "__main__":
     torch.backends.cudnn.benchmark = True
     net = (net if run else AFANet(args, len(d.classes))).to(device, memory_format=torch.channels_last)
     if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # modes, ends, precisions: beyond the limit it goes eager, silently
         net.compile()
     gate = [p for m in net.modules() if isinstance(m, WeightGenerator) for p in m.parameters()]
     body = [p for p in net.parameters() if all(p is not q for q in gate)]
     groups = [dict(params=gate, peak=args.gate_lr), dict(params=body, peak=args.gate_lr / 10)]
-    optimizers = {1: torch.optim.SGD([dict(params=body, peak=args.lr)], momentum=0.9, nesterov=True,
+    optimizers = {1: torch.optim.SGD([dict(params=body, peak=args.lr)], momentum=0.9, nesterov=True, fused=True,
                                      weight_decay=args.weight_decay),
                   2: torch.optim.Adam(groups if args.finetune == "all" else groups[:1])}
     stages = [1] * args.epochs + [2] * args.gate_epochs * learned
@@ -482,11 +483,6 @@ if __name__ == "__main__":
                  "robust_acc": survivors(model, x_val, y_val, eps=eps_test, steps=10, norm=args.norm)}
         val = {k: mask.sum().item() / len(mask) for k, mask in alive.items()}
         score = sum(val.values()) / 2 if learned else val["robust_acc"]  # AFA is for all strengths: both count  [D7]
-        progress.update(epoch=epoch + 1, train_seconds=progress["train_seconds"] + seconds)
-        if stage == stages[-1] and score > progress["best"]:
-            progress["best"] = score
-            checkpoint("best.pt")
-        checkpoint("last.pt")
         x, y, step = x_val[:256], y_val[:256], (epoch + 1) * steps
         x_adv = pgd(model, x, y, eps=eps_test, step_size=eps_test / 4, steps=10, norm=args.norm, random_start=False)
         speed = steps * min(args.batch_size, len(d.train.y)) / seconds
@@ -504,6 +500,12 @@ if __name__ == "__main__":
             writer.add_scalar(tag, value, step)
         rows = torch.cat([x[:8], x_adv[:8], (0.5 + 10 * (x_adv - x)[:8]).clamp(0, 1)])
         writer.add_image("attack/clean_adversarial_10x", torchvision.utils.make_grid(rows, nrow=len(x[:8])), step)
+        writer.flush()
+        progress.update(epoch=epoch + 1, train_seconds=progress["train_seconds"] + seconds)
+        if stage == stages[-1] and score > progress["best"]:
+            progress["best"] = score
+            checkpoint("best.pt")
+        checkpoint("last.pt")  # last of all: a run that dies before it repeats the epoch, and finds everything in place
         shown = ", ".join(f"{k} {v:.3f}" for k, v in scalars.items() if k.startswith(("losses", "val")))
         bar.write(f"epoch {epoch + 1}/{len(stages)}: {shown}, {speed:.0f} images/s")
     bar.close()

@@ -7,19 +7,17 @@
     weights.png           fusing weights that a run of afa.py predicts, for each layer
     statistics.png        how far an attack shifts the statistics of the features, for each layer
     training.png          losses, validation accuracies and learning rate, from the TensorBoard events
-    examples.png          test images, attacked, and what the attack added
-
-Only examples.png needs the checkpoint and the data set; it is left out with a warning where one of them is missing.
+    examples.png          test images, attacked, and what the attack added; needs the checkpoint and the data set
 """
 
 import importlib
 import json
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 
-import torch
+import numpy as np
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,11 +34,11 @@ except ImportError as error:
 
 # Okabe & Ito's palette: told apart under every kind of colour blindness. Markers say it once more, for print in grey.
 COLORS, MARKERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9"), "osD^vPX"
-STYLE = {"font.size": 11, "axes.titlesize": 12, "legend.fontsize": 10, "figure.titlesize": 14, "figure.dpi": 115,
-         "axes.grid": True, "grid.color": "0.88", "axes.axisbelow": True, "axes.spines.top": False,
-         "axes.spines.right": False, "figure.constrained_layout.use": True, "legend.frameon": False}
+plt.rcParams.update({"backend": "Agg", "figure.dpi": 115, "figure.constrained_layout.use": True, "font.size": 11,
+                     "axes.titlesize": 12, "figure.titlesize": 14, "legend.fontsize": 10, "legend.frameon": False,
+                     "axes.grid": True, "grid.color": "0.88", "axes.spines.top": False, "axes.spines.right": False})
 FIXED = {"w=0": "fixed w = 0 (BN_c)", "w=0.5": "fixed w = 0.5", "w=1": "fixed w = 1 (BN_a)",
-         "oracle": "oracle: the best fixed\nw at each eps"}  # curves of afa.py beside the model's own
+         "oracle": "oracle: best fixed w"}  # the curves of afa.py beside the model's own, which comes first
 
 
 @dataclass
@@ -64,9 +62,8 @@ class Run:
         except (OSError, ValueError) as error:
             raise data.UserError(f"{path} is not the folder of a run: {error}") from None
         self.method, self.eps = self.results.get("method", {}), 255 * self.results["eps"]
-        self.strengths = 255 * torch.tensor(self.method.get("strengths", []))
-        w = torch.tensor(self.method.get("weight_mean", [[0.0]]))
-        self.learned = bool(w.max() > w.min())  # of a plain network, and with a fixed weight, w is constant
+        self.strengths = 255 * np.array(self.method.get("strengths", []))
+        self.learned = len({w for row in self.method.get("weight_mean", []) for w in row}) > 1  # or w is constant
         kind = "PGD-AT" if self.args.get("bn") == "single" else self.results["script"].upper().replace("_", "-")
         self.label = kind if self.args["eps"] else "undefended"
         self.eps_label = "eps (1/255)" + ", L2 norm" * (self.args.get("norm") == "l2")
@@ -80,19 +77,18 @@ def both(values):
 def robustness_curve(runs):
     """Accuracy against eps. The huge last eps is told in a note: an axis that reaches it would hide the others."""
     fig, ax = plt.subplots(figsize=(12, 6.5))
-    notes = [f"Of {both(run.results['evaluated'] for run in runs)} test images; bands: ± one standard error."]
+    notes = [f"Of {both(run.results['evaluated'] for run in runs)} test images; bands: ± one standard error"]
     end = max(float(k) for run in runs for k in run.results["robustness_curve"] if float(k) < 4 * run.eps)
 
     def line(curve, label, **style):
-        x, y = torch.tensor(sorted((float(k), 100 * v) for k, v in curve.items() if float(k) <= end)).T
-        ax.plot(x, y, label=label, clip_on=False, **style)
-        return x, y
+        x, y = np.array(sorted((float(k), 100 * v) for k, v in curve.items() if float(k) <= end)).T
+        return ax.plot(x, y, label=label, clip_on=False, **style)[0].get_data()
 
     for run in runs:
         curve, others = run.results["robustness_curve"], run.method.get("curves", {})
         look = dict(color=run.color, marker=run.marker, linewidth=2.8, markersize=7, zorder=4)
         x, y = line(curve, run.label + ", learned w" * run.learned, **look)
-        error = (y * (100 - y) / run.results["evaluated"]).sqrt()
+        error = (y * (100 - y) / run.results["evaluated"]) ** 0.5
         ax.fill_between(x, y - error, y + error, color=run.color, alpha=0.15, linewidth=0)
         notes += [f"{run.label} at eps {k}/255, not drawn: {100 * v:.1f} %" for k, v in curve.items() if float(k) > end]
         worst = 100 * run.results["checkpoints"]["best"]["worst"]
@@ -103,8 +99,8 @@ def robustness_curve(runs):
                 look = dict(linestyle="--") if name == "oracle" else dict(linewidth=2.4, marker=MARKERS[i])
                 line(others[name], FIXED[name], color=COLORS[i], **look)
             elif name in ("w=0", "w=1"):  # thin: the ends of one run, not rivals of the others
-                look = dict(linestyle="--" if name == "w=0" else ":", linewidth=1.2)
-                line(others[name], f"{run.label}, {FIXED[name]}", color=run.color, **look)
+                look = dict(color=run.color, linewidth=1.2, linestyle="--" if name == "w=0" else ":")
+                line(others[name], f"{run.label}, {FIXED[name]}", **look)
     for eps in (trained := sorted({round(run.eps, 4) for run in runs if run.args["eps"]})):
         ax.axvline(eps, color="0.35", linewidth=1.2)
         ax.text(eps, 101, f"eps_max = {eps:g}", ha="center", va="bottom", fontsize=10)
@@ -115,7 +111,7 @@ def robustness_curve(runs):
     ax.yaxis.set_major_formatter("{x:g} %")
     ax.set_title(f"{both(run.results['dataset'] for run in runs)}: accuracy against the strength of the attack", pad=26)
     fig.legend(loc="outside right center", labelspacing=0.9)
-    fig.supxlabel("\n".join(notes), fontsize=10)
+    fig.supxlabel(fill(";  ".join(notes), 150), fontsize=10)
     return fig
 
 
@@ -134,7 +130,7 @@ def weights(runs):
         return "no run predicts fusing weights"
     fig, axes = plt.subplots(len(runs), figsize=(11, 1 + 5.5 * len(runs)), squeeze=False)
     for (ax,), run in zip(axes, runs):
-        x, w, sd = run.strengths, torch.tensor(run.method["weight_mean"]), torch.tensor(run.method["weight_sd"])
+        x, w, sd = run.strengths, np.array(run.method["weight_mean"]), np.array(run.method["weight_sd"])
         for layer, color in enumerate(by_layer(fig, ax, w.shape[1])):
             ax.plot(x, w[:, layer], color=color, linewidth=1.6, clip_on=False)
         w, sd = w.mean(1), sd.mean(1)
@@ -150,9 +146,8 @@ def weights(runs):
 
 def statistics(runs):
     """How far an attack shifts mean and log sd of a layer's channels, averaged over images: the paper's observation."""
-    rows = [(run, end, run.method["statistics"][end]) for run in runs for end in ("w=0", "w=1", "model")
-            if end in run.method.get("statistics", {}) and (end, run.args.get("bn")) != ("model", "dual")]
-    if not rows:
+    if not (rows := [(run, end, run.method["statistics"][end]) for run in runs for end in ("w=0", "w=1", "model")
+                     if end in run.method.get("statistics", {}) and (end, run.args.get("bn")) != ("model", "dual")]):
         return "no run has measured the statistics of its features"
     fig, axes = plt.subplots(len(rows), 2, figsize=(12, 0.8 + 3.6 * len(rows)), squeeze=False)
     colors = by_layer(fig, axes, max(len(found["shift"]) for _, _, found in rows))
@@ -163,7 +158,7 @@ def statistics(runs):
                 ax.plot(run.strengths, shift[i], color=color, linewidth=1.8, marker="o", markersize=3, clip_on=False)
             ax.set_title(f"{run.label}{path}: {key.replace('log_sd', 'log standard deviation')}\n"
                          f"monotone in eps (|rho| ≥ 0.95): {100 * share:.0f} % of channels")
-            ax.set(xlim=(0, run.strengths[-1]), ylim=(0, None), xlabel=run.eps_label, ylabel="shift, norm over channels")
+            ax.set(xlim=(0, run.strengths[-1]), ylim=(0, None), xlabel=run.eps_label, ylabel="shift (norm)")
     fig.suptitle(f"{both(run.results['dataset'] for run, _, _ in rows)}: how an attack shifts the feature statistics "
                  "of each layer\n(means in running standard deviations; each panel has its own scale)")
     return fig
@@ -175,38 +170,37 @@ def training(runs):
 
     fig, axes = plt.subplots(3, figsize=(12, 9.5), sharex=True, height_ratios=(3, 3, 1.8))
     panels = {"losses/": [], "val/": [], "charts/learning_rate": []}  # tags; its place there is the look of a tag
-    ends = []
+    ends = set()
     for run in runs:
-        events, several = EventAccumulator(str(run.path), size_guidance={"scalars": 0}).Reload(), len(runs) > 1
+        events = EventAccumulator(str(run.path), size_guidance={"scalars": 0}).Reload()
         for ax, (prefix, tags) in zip(axes, panels.items()):
             series = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"] if tag.startswith(prefix)}
             tags += [tag for tag in series if tag not in tags]
             for tag, points in series.items():
-                i, scale, name = tags.index(tag) % 7, 100 if prefix == "val/" else 1, tag.split("/")[1]
-                ax.plot([e.step for e in points], [scale * e.value for e in points], linewidth=1.8, markersize=4,
-                        color=run.color if several else COLORS[i], marker=run.marker if several else MARKERS[i],
-                        linestyle=("-", "--", ":", "-.")[i % 4] if several else "-",
-                        label=f"{run.label}: {name}" if several else name)
-            if prefix == "losses/":
-                last = {points[-1].step for points in series.values()}
-                ends += [step for step in last if step < max(last) and step not in ends]
+                i, label = tags.index(tag) % 7, f"{run.label}: " * (len(runs) > 1) + tag.split("/")[1]
+                look = dict(color=COLORS[i], marker=MARKERS[i])
+                if len(runs) > 1:  # then colour and marker tell the runs apart, and dashes the tags
+                    look = dict(color=run.color, marker=run.marker, linestyle=("-", "--", ":", "-.")[i % 4])
+                ax.plot([e.step for e in points], [e.value for e in points], lw=1.8, ms=4, label=label, **look)
+            last = {points[-1].step for points in series.values()}
+            ends |= {step for step in last if step < max(last)} if prefix == "losses/" else set()
     if not panels["losses/"]:
         return "there are no TensorBoard events in the folder"
-    note = " (AFA: in stage 1 each end on its own kind of data, in stage 2 the whole model)"
-    note *= any(run.learned for run in runs)
-    for ax, title in zip(axes, ("losses", "validation accuracy" + note, "learning rate at the end of an epoch")):
+    note = any(run.learned for run in runs) * " (AFA: in stage 1 each end on its own data, in stage 2 the whole model)"
+    for ax, title in zip(axes, ("losses", f"validation accuracy{note}", "learning rate at the end of an epoch")):
         ax.set_title(title, loc="left")
         ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
         for step in ends:
             ax.axvline(step, color="0.35", linewidth=1.2, linestyle=":")
             axes[0].annotate("stage 2", (step, 1), (3, 3), ("data", "axes fraction"), "offset points", fontsize=10)
-    axes[1].set(ylim=(0, 100), ylabel="%")
+    axes[1].set_ylim(0, 1)
+    axes[1].yaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
     axes[2].set(yscale="log", xlabel="optimiser step")
-    fig.suptitle("Training of " + both(f"{run.label} on {run.results['dataset']}" for run in runs))
+    fig.suptitle(f"Training of {both(run.label for run in runs)} on {both(run.results['dataset'] for run in runs)}")
     return fig
 
 
-def examples(runs, n=8):
+def examples(runs):
     """Test images clean, under PGD-20 on the best checkpoint, and the perturbation: what an eps looks like."""
     fig = plt.figure(figsize=(12, 5.6 * len(runs)))
     for part, run in zip(fig.subfigures(len(runs), squeeze=False)[:, 0], runs):
@@ -215,42 +209,32 @@ def examples(runs, n=8):
             d = data.load(args.dataset, args.data_dir, "cpu", args.train_size, args.val_size, args.test_size)
         except (data.UserError, ImportError) as error:
             return str(error)
-        x, y, eps = data.to_float(d.test.x[:n]), d.test.y[:n], run.results["eps"]
-        x_adv = pgd(net, x, y, eps=eps, step_size=eps / 4, steps=20, norm=args.norm,
-                    generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            predictions = [net(images).argmax(1).tolist() for images in (x, x_adv)]
-        axes = part.subplots(3, n, squeeze=False)
+        x, y, eps = data.to_float(d.test.x[:8]), d.test.y[:8], run.results["eps"]
+        x_adv = pgd(net, x, y, eps=eps, step_size=eps / 4, steps=20, norm=args.norm, random_start=False)
+        predictions = zip(y.tolist(), *(net(images).argmax(1).tolist() for images in (x, x_adv)))
         rows = {"clean": x, "adversarial": x_adv, "10 x difference": (0.5 + 10 * (x_adv - x)).clamp(0, 1)}
+        axes = part.subplots(3, len(x), squeeze=False, subplot_kw=dict(xticks=[], yticks=[], frame_on=False))
         for row, (name, images) in zip(axes, rows.items()):
-            for ax, image in zip(row, images.permute(0, 2, 3, 1)):
-                ax.imshow(image, interpolation="nearest")
-                ax.set(xticks=[], yticks=[])
-                ax.spines[:].set_visible(False)
             row[0].set_ylabel(name)
-        for ax, true, clean, attacked in zip(axes[0], y.tolist(), *predictions):
-            fooled = dict(color="#C00000", weight="bold") if clean == true != attacked else {}
-            true, clean, attacked = (d.classes[i] for i in (true, clean, attacked))
-            ax.set_title(f"true {true}\nclean → {clean}\nadv. → {attacked}", fontsize=10, **fooled)
-        part.suptitle(f"{run.label} on {run.results['dataset']}: test images under PGD-20 at eps {run.eps:g}/255 (red: "
-                      "the attack fools the network)")
+            for ax, image in zip(row, images.permute(0, 2, 3, 1).numpy()):
+                ax.imshow(image, interpolation="nearest")
+        for ax, classes in zip(axes[0], predictions):
+            fooled = dict(color="#C00000", weight="bold") if classes[0] == classes[1] != classes[2] else {}
+            ax.set_title("true {}\nclean → {}\nadv. → {}".format(*(d.classes[i] for i in classes)), size=10, **fooled)
+        part.suptitle(f"{run.label} on {run.results['dataset']}: PGD-20 at {run.eps:g}/255 (red: fools the network)")
     return fig
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    if not 1 <= len(args.runs) <= len(COLORS):
-        raise data.UserError(f"name one to {len(COLORS)} folders of runs, not {len(args.runs)}")
-    if args.labels and len(args.labels) != len(args.runs):
-        raise data.UserError(f"--labels has {len(args.labels)} names for {len(args.runs)} runs")
+    if not 1 <= len(args.runs) <= len(COLORS) or len(args.labels or args.runs) != len(args.runs):
+        raise data.UserError(f"name one to {len(COLORS)} folders of runs, and as many --labels or none")
     runs = [Run(path) for path in args.runs]
-    count = Counter(run.label for run in runs)
+    names = [run.label for run in runs]
     for i, run in enumerate(runs):
-        name = run.label + f", seed {run.results['seed']}" * (count[run.label] > 1)
+        name = run.label + f", seed {run.results['seed']}" * (names.count(run.label) > 1)
         run.label, run.color, run.marker = args.labels[i] if args.labels else name, COLORS[i], MARKERS[i]
     out = Path(args.out or ("figures" if len(runs) > 1 else runs[0].path))
-    matplotlib.use("Agg")
-    plt.rcParams.update(STYLE)
     for draw in (robustness_curve, weights, statistics, training, examples):
         figure, path = draw(runs), out / f"{draw.__name__}.png"
         if isinstance(figure, str):
@@ -259,7 +243,7 @@ if __name__ == "__main__":
         try:
             out.mkdir(parents=True, exist_ok=True)
             figure.savefig(path)
-            if draw is not examples:  # 64 colours are plenty for lines, and a third of the bytes
+            if draw is not examples:  # lines need few colours, and so a third of the bytes
                 Image.open(path).convert("RGB").quantize(64, dither=0).save(path)
         except OSError as error:
             raise data.UserError(f"{path} cannot be written: {error}") from None

@@ -188,9 +188,8 @@ def time_loaders(args, device):
 
 def ratio(above, below):
     """Median and quartiles of the quotients, round by round."""
-    values = [a / b for a, b in zip(above, below, strict=True)]
-    q1, q2, q3 = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return dict(ratio=q2, q1=q1, q3=q3)
+    values = 2 * [a / b for a, b in zip(above, below, strict=True)]  # twice: one round has quartiles too
+    return dict(zip(("q1", "ratio", "q3"), quantiles(values, n=4, method="inclusive"), strict=True))
 
 
 def die(message):
@@ -234,9 +233,10 @@ if __name__ == "__main__":
     # Past this limit, 8 by default, code runs eagerly in silence.
     torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 64, True
     for key in dict.fromkeys(wanted):
-        last, dual, start = key[4] == layouts[-1], key[:3] == ("eager", *network) or not on_cpu, time.time()
+        last, start = key[4] == layouts[-1], time.time()
         new, counts = cases(key, "single", peers if last else {}, args, device)
-        new += cases(key, "dual", {}, args, device)[0] if last and dual else []
+        if last and (key[:3] == ("eager", *network) or not on_cpu):
+            new += cases(key, "dual", {}, args, device)[0]
         try:
             for *_, run in new if key[0] == "compiled" else ():
                 run()
@@ -246,11 +246,10 @@ if __name__ == "__main__":
         print(f"{' '.join(map(str, key))}: ready in {time.time() - start:.0f} s", file=sys.stderr, flush=True)
         rows, forwards = rows + new, forwards | counts
     seconds, start = {row[:2]: [] for row in rows}, time.time()
-    for r in range(args.repeats + 1):  # round 0 warms up
+    for r in range(args.repeats + 1):  # round 0 warms up, and is dropped
         for key, name, _, run in rows[:: -1 if r % 2 else 1]:  # to and fro: none always follows the same
-            seconds[key, name].append(run())
+            seconds[key, name] = [*seconds[key, name], run()][-args.repeats :]
         print(f"round {r} of {args.repeats}: {time.time() - start:.0f} s", file=sys.stderr, flush=True)
-    seconds = {case: t[1:] for case, t in seconds.items()}
     same = "all the same" if set(forwards.values()) == {args.steps} else f"WARNING: not all {args.steps}"
     print("\nforward passes of one attack call:", *(f"{k} {n}," for k, n in forwards.items()), same)
     times, gains, targets = [], [], []
@@ -271,7 +270,8 @@ if __name__ == "__main__":
                   for what, pair in pairs.items() if name not in peers and pair in seconds]  # fmt: skip
     print(f"\n{'times faster':<92}{'gain':>6}   quartiles")
     for g in gains:
-        print(f"  {' '.join((g['what'] + ':', g['name'], *map(str, g['key']))):<90}{g['ratio']:>6.2f}   {g['q1']:.2f} {g['q3']:.2f}")
+        label = " ".join((g["what"] + ":", g["name"], *map(str, g["key"])))
+        print(f"  {label:<90}{g['ratio']:>6.2f}   {g['q1']:.2f} {g['q3']:.2f}")
     if loaders:
         print("\nloader: {ours:,.0f} images/s, torchvision {torchvision:,.0f}".format(**loaders))
 

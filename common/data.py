@@ -148,16 +148,23 @@ def batches(split, batch_size, *, seed, epoch, pad=0, flip=False):
     g = torch.Generator().manual_seed(seed * 1_000_003 + epoch)  # on the CPU: the same epoch on every device
     order = torch.randperm(n, generator=g)
     dy, dx = torch.randint(0, 2 * pad + 1, (2, n), generator=g)
-    mirrored = torch.randint(0, 2, (n,), generator=g).bool() & flip
+    mirrored = torch.randint(0, 2, (n,), generator=g).bool()
     order, dy, dx, mirrored = (t.to(device) for t in (order, dy, dx, mirrored))  # one transfer an epoch
-    padded = torch.nn.functional.pad(split.x, (0, 0, pad, pad, pad, pad)) if pad else split.x
-    i, j = torch.arange(height, device=device), torch.arange(width, device=device)
+    size = min(batch_size, n)
+    padded = split.x.new_zeros(size, height + 2 * pad, width + 2 * pad, 3)
+    # Every crop of every padded image as a view, [image, dy, dx]: picking one copies rows of pixels, not single ones.
+    a, b, c, d = padded.stride()
+    crops = padded.as_strided((size, 2 * pad + 1, 2 * pad + 1, height, width, 3), (a, b, c, b, c, d))
+    image = torch.arange(size, device=device)
     for start in range(0, steps_per_epoch(n, batch_size) * batch_size, batch_size):
         s = slice(start, start + batch_size)
-        index = order[s]
-        rows = dy[s, None] + i
-        cols = dx[s, None] + torch.where(mirrored[s, None], width - 1 - j, j)
-        yield to_float(padded[index[:, None, None], rows[:, :, None], cols[:, None, :]]), split.y[index]
+        x = split.x[order[s]]
+        if pad:
+            padded[:, pad : pad + height, pad : pad + width] = x
+            x = crops[image, dy[s], dx[s]]
+        if flip:
+            x = torch.where(mirrored[s, None, None, None], x.flip(2), x)
+        yield to_float(x), split.y[order[s]]
 
 
 # --- Readers: each returns (x, y) of train, (x, y) of test, the class names, and whether these are the official files

@@ -39,6 +39,8 @@ LOSSES = {"ce": partial(F.cross_entropy, reduction="none"), "margin": margin, "k
 
 def _per_sample(value, x):
     """A float or a tensor (N,) in a shape that broadcasts over x (N, C, ...)."""
+    if isinstance(value, (int, float)):
+        return value  # stays on the host: a tensor would cost a transfer to the device
     value = torch.as_tensor(value, dtype=x.dtype, device=x.device)
     if value.ndim not in (0, 1) or value.ndim == 1 and len(value) != len(x):
         raise ValueError(f"eps and step_size are floats or one value per sample ({len(x)}), not {tuple(value.shape)}")
@@ -108,12 +110,15 @@ def pgd(model, x, y, *, eps, step_size, steps, norm="linf", loss="ce", random_st
     x, y, eps, step_size = x.detach(), y.detach(), _per_sample(eps, x), _per_sample(step_size, x)
     label = y if y.ndim == 1 else y.argmax(1)
 
-    def project(x_adv):
-        delta = x_adv - x
+    def project(x_adv):  # in place: takes x_adv over
+        delta = x_adv.sub_(x)
         if mask is not None:
-            delta = delta * mask
-        delta = delta.clamp(-eps, eps) if norm == "linf" else delta * (eps / _l2(delta)).clamp(max=1.0)
-        return (x + delta).clamp_(0.0, 1.0)
+            delta.mul_(mask)
+        if norm == "linf":
+            delta.clamp_(-eps, eps)
+        else:
+            delta.mul_((eps / _l2(delta)).clamp(max=1.0))
+        return delta.add_(x).clamp_(0.0, 1.0)
 
     track = keep_best or restarts > 1
     best, best_score = x, torch.full((len(x),), -torch.inf, device=x.device)
@@ -153,7 +158,7 @@ def pgd(model, x, y, *, eps, step_size, steps, norm="linf", loss="ce", random_st
                     if mask is not None:
                         grad = grad * mask  # before the norm is taken: the step has its full length inside the mask
                     direction = grad.sign() if norm == "linf" else grad / _l2(grad)
-                    x_adv = project(x_adv + step_size * direction)
+                    x_adv = project(direction.mul_(step_size).add_(x_adv.detach()))
             if track:
                 with torch.no_grad():
                     logits = model(x_adv)

@@ -135,7 +135,8 @@ def test_fake_defence_is_exposed(name, digits, undefended, surrogate):
     lines = []
     result = audit(fake, digits.x, digits.y, EPS, quick=True, train=digits.train, surrogate=surrogate,
                    use_autoattack=False, log=lines.append)  # fmt: skip
-    undefended.eval()  # "training mode" changed it
+    assert fake.training == undefended.training == (name == "training mode")
+    undefended.eval()
     assert expected <= set(result["warnings"]), result["warnings"]
     assert lines[-1].startswith("\nverdict: DO NOT TRUST robust accuracy ")
     assert all(torch.equal(v, before[k]) for k, v in fake.state_dict().items())
@@ -243,7 +244,8 @@ def load(run, device):
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten(), torch.nn.Linear(48, 10))
     return net.to(device).eval(), SimpleNamespace(
-        dataset="digits", data_dir="data", train_size=500, val_size=9, test_size=50, eps=2 / 255, norm="linf")
+        dataset="digits", data_dir="data", train_size=500, val_size=9, test_size=50,
+        eps=2 / 255, norm="linf")
 def frozen_weights(net, args):
     return [net]
 """

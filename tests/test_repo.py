@@ -32,7 +32,8 @@ def commands():
     for path in DOCUMENTS:
         text = path.read_text().replace("\\\n", " ")
         for script, arguments in re.findall(r"python3? (afa|aalp|vfd_adv|abnn)\.py\b([^\n`#]*)", text):
-            yield pytest.param(script, arguments.split("&&")[0].strip(), id=f"{path.name}: {script} {arguments.strip()}")
+            arguments = arguments.split("&&")[0].strip()
+            yield pytest.param(script, arguments, id=f"{path.name}: {script} {arguments}")
 
 
 @pytest.mark.parametrize("script, arguments", commands())

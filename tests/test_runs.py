@@ -19,7 +19,7 @@ import afa
 from common import data
 from common.pgd import pgd
 
-TINY = ("--train-size 600 --val-size 100 --test-size 40 --width 8 --epochs 2 --gate-epochs 1 --attack-steps 2 "
+TINY = ("--train-size 600 --val-size 100 --test-size 10 --width 4 --epochs 2 --gate-epochs 1 --attack-steps 2 "
         "--eps-warmup-epochs 1 --batch-size 100")
 
 
@@ -72,7 +72,7 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(runs):
     """Long enough to learn something, short enough for a test."""
-    return finished("--train-size 3000 --val-size 200 --test-size 100 --epochs 4 --gate-epochs 1 --attack-steps 3 "
+    return finished("--train-size 2000 --val-size 100 --test-size 50 --epochs 4 --gate-epochs 1 --attack-steps 3 "
                     "--eps-warmup-epochs 2 --batch-size 64", runs)
 
 
@@ -86,7 +86,7 @@ def test_a_run_leaves_what_the_docs_promise(trained):
     results = json.loads((run / "results.json").read_text())
     names = {path.name for path in run.iterdir() if "tfevents" not in path.name}
     assert names == {"args.json", "best.pt", "last.pt", "results.json"}
-    assert results["script"] == "afa" and results["dataset"] == "digits" and results["evaluated"] == 100
+    assert results["script"] == "afa" and results["dataset"] == "digits" and results["evaluated"] == 50
     for row in results["checkpoints"].values():
         assert set(row) == {"epoch", "clean", "fgsm", "pgd20", "pgd50_margin", "transfer", "worst"}
         assert all(0 <= v <= 1 for k, v in row.items() if k != "epoch")
@@ -104,7 +104,7 @@ def test_it_learns_and_is_more_robust_than_an_undefended_network(trained, runs):
     events = EventAccumulator(str(run)).Reload()
     losses = [e.value for e in events.Scalars("losses/clean_ce")]
     assert losses[-1] < 0.5 * losses[0]
-    undefended, _ = finished("--train-size 3000 --val-size 200 --test-size 100 --epochs 4 --bn single --eps 0 "
+    undefended, _ = finished("--train-size 2000 --val-size 100 --test-size 50 --epochs 4 --bn single --eps 0 "
                              "--batch-size 64", runs)
     results = [json.loads((r / "results.json").read_text()) for r in (run, undefended)]
     afa_row, plain_row = (r["checkpoints"]["best"] for r in results)
@@ -121,15 +121,15 @@ def test_tensorboard_has_the_documented_tags(trained):
         documented = "`robustness_curve/*`" if tag.startswith("robustness_curve/") else f"`{tag}`"
         assert documented in docs or f"`{tag.split('/')[0]}/*`" in docs, tag
     last_step = events.Scalars("val/clean_acc")[-1].step
-    assert last_step == 5 * (3000 // 64) and len(events.Scalars("val/clean_acc")) == 5
+    assert last_step == 5 * (2000 // 64) and len(events.Scalars("val/clean_acc")) == 5
     assert {e.step for e in events.Scalars("robustness_curve/model")} == {0, 1, 2, 4, 6, 8, 12, 16, 64}
 
 
-def test_same_seed_same_weights_another_seed_others(tiny, runs):
-    again, _ = finished(TINY, runs)
-    assert same(weights(tiny / "last.pt"), weights(again / "last.pt"))
-    other, _ = finished(TINY + " --seed 2", runs)
-    assert not same(weights(tiny / "last.pt"), weights(other / "last.pt"))
+def test_same_seed_same_weights_another_seed_others(runs):
+    """Of whole AFA runs the test of resuming says the same: it compares them with an uninterrupted one."""
+    small = "--train-size 200 --val-size 20 --test-size 5 --width 4 --epochs 1 --bn single --attack-steps 1 --seed "
+    first, again, other = (weights(finished(small + seed, runs)[0] / "last.pt") for seed in "112")
+    assert same(first, again) and not same(first, other)
 
 
 def test_single_batchnorm_training_is_a_plain_pgd_loop_bit_for_bit(runs):
@@ -174,7 +174,7 @@ def epochs_done(run):
 
 
 def test_killed_in_the_middle_of_an_epoch_it_resumes_to_the_same_bits(tiny, runs):
-    for epoch in (0, 1, 2):  # in the first epoch, in stage 1, in stage 2
+    for epoch in (1, 2):  # in the second epoch of stage 1, in stage 2
         known = set(runs.glob("*"))
         process = start(TINY, runs)
         run = wait_for(runs, known, lambda r, e=epoch: epochs_done(r) >= e, process)
@@ -315,8 +315,8 @@ def test_help_can_be_read(monkeypatch, capsys):
     assert all("--" + name.replace("_", "-") in text for name in vars(afa.Args()))
 
 
-@pytest.mark.parametrize("arguments", ["--gate layer", "--finetune all", "--norm l2 --eps 128/255", "--fusion 0.5",
-                                       "--harden 0", "--harden 1", "--bf16", "--milestones 1"])
+@pytest.mark.parametrize("arguments", ["--gate layer --finetune all --bf16", "--norm l2 --eps 128/255 --harden 0",
+                                       "--fusion 0.5 --milestones 1", "--harden 1"])
 def test_every_setting_of_the_method_runs(arguments, monkeypatch, capsys, tmp_path):
     small = ("--train-size 64 --val-size 20 --test-size 5 --width 4 --epochs 2 --gate-epochs 1 --batch-size 32 "
              "--attack-steps 1 ")

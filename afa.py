@@ -34,10 +34,18 @@ from common.pgd import attack_metrics, pgd, survivors
 
 SCRIPT = Path(__file__).stem
 
-# A float that is written and shown as people write it, 8/255; argument parsers know no fractions.
+
+def fraction(words):
+    """["8/255"] -> 0.0314, as people write it: argument parsers know no fractions."""
+    try:
+        return float(Fraction(words[0]))
+    except ZeroDivisionError as error:
+        raise ValueError(error) from None
+
+
 Pixels = Annotated[float, tyro.constructors.PrimitiveConstructorSpec(
-    nargs=1, metavar="N/255", instance_from_str=lambda words: float(Fraction(words[0])),
-    is_instance=lambda value: isinstance(value, float), str_from_instance=lambda value: [f"{255 * value:g}/255"])]
+    nargs=1, metavar="N/255", instance_from_str=fraction, is_instance=lambda value: isinstance(value, float),
+    str_from_instance=lambda value: [f"{255 * value:g}/255"])]
 
 
 @dataclass
@@ -195,7 +203,7 @@ class DualBN(nn.Module):
         super().__init__()
         self.clean = nn.BatchNorm2d(channels)
         self.adv = nn.BatchNorm2d(channels) if args.bn == "dual" else self.clean  # the baseline: w has no effect
-        self.generator = WeightGenerator(2 * channels, 1) if args.gate == "layer" else None
+        self.generator = WeightGenerator(2 * channels, 1) if args.bn == "dual" and args.gate == "layer" else None
         self.layer = None  # the column of w that belongs to this layer; AFANet numbers them
 
     def forward(self, x, w, record=None):
@@ -229,9 +237,9 @@ class AFANet(PreActResNet):
         norms = [m for m in self.modules() if isinstance(m, DualBN)]
         for layer, norm in enumerate(norms):
             norm.layer = layer
-        self.layers = len(norms)
-        self.generator = WeightGenerator(2 * sum(norm.clean.num_features for norm in norms), self.layers)
-        self.probe = args.gate == "probe"
+        self.layers, self.probe = len(norms), args.bn == "dual" and args.gate == "probe"
+        if self.probe:
+            self.generator = WeightGenerator(2 * sum(norm.clean.num_features for norm in norms), self.layers)
         self.w = 1.0 if args.bn == "single" else None if args.fusion == "learned" else float(args.fusion)
 
     def predict_weights(self, x):
@@ -385,10 +393,11 @@ if __name__ == "__main__":
         net.compile()
     gate = [p for m in net.modules() if isinstance(m, WeightGenerator) for p in m.parameters()]
     body = [p for p in net.parameters() if all(p is not q for q in gate)]
-    groups = [dict(params=gate, peak=args.gate_lr), dict(params=body, peak=args.gate_lr / 10)]
     optimizers = {1: torch.optim.SGD([dict(params=body, peak=args.lr)], momentum=0.9, nesterov=True, fused=True,
-                                     weight_decay=args.weight_decay),
-                  2: torch.optim.Adam(groups if args.finetune == "all" else groups[:1])}
+                                     weight_decay=args.weight_decay)}
+    if learned:
+        groups = [dict(params=gate, peak=args.gate_lr), dict(params=body, peak=args.gate_lr / 10)]
+        optimizers[2] = torch.optim.Adam(groups if args.finetune == "all" else groups[:1])
     stages = [1] * args.epochs + [2] * args.gate_epochs * learned
     steps = data.steps_per_epoch(len(d.train.y), args.batch_size)
     eps_test = args.eps or 8 / 255  # an undefended network is tested like the others
@@ -474,6 +483,8 @@ if __name__ == "__main__":
                 sums[f"train/{k}_acc"] += (z.argmax(1) == y).float().mean() / steps
             bar.update()
         scalars = {k: v.item() for k, v in sums.items()}
+        if not all(math.isfinite(v) for v in scalars.values()):
+            raise data.UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {args.lr:g}")
         seconds = time.time() - started
 
         # Validation: in stage 1 each end on its own kind of data, in stage 2 the whole model on both.

@@ -51,7 +51,9 @@ CHECKS = {  # and what it means when one does not pass
     "no catastrophic overfitting": "training images resist one step but not twenty: it misleads weak attacks",
 }
 DRIFT = 0.04  # what more steps, restarts and step sizes may take from the accuracy
-MASKED = (0.1, 0.3)  # what other losses may, absolute and relative (honest networks: up to a quarter)
+# What other losses may take, absolute or relative to the accuracy under cross-entropy: below either passes.
+# Small adversarially trained networks on digits lost up to .115 and 38 %: an honest one may warn, narrowly.
+MASKED = (0.1, 0.3)
 USELESS = 0.01  # share of images that may have no gradient or saturated logits
 BLACK_BOX = 0.005  # share of images that only black-box attacks may break
 
@@ -317,7 +319,7 @@ def audit(net, x, y, eps=8 / 255, norm="linf", *, quick=False, train=None, surro
             pgd20, best_ce = ce[2], torch.stack(ce).all(0)
             check("iteration helps", not above(pgd20, fgsm), fgsm=share(fgsm), pgd20=share(pgd20))
             drift = dict(steps=share(pgd20 & ~ce[-1]), restarts_and_step_sizes=share(cw & ~converged))
-            allowed = DRIFT + 2 * (DRIFT * (1 - DRIFT) / n) ** 0.5  # two standard errors: few images scatter more
+            allowed = DRIFT + 2 * (DRIFT * (1 - DRIFT) / n) ** 0.5  # few images scatter more
             check("attack converged", max(drift.values()) <= allowed, **drift, allowed=round(allowed, 4))
             check("losses agree", share(best_ce & ~seen) <= max(MASKED[0], MASKED[1] * share(best_ce)),
                   pgd_ce=share(best_ce), all_white_box=share(best_ce & seen))  # fmt: skip

@@ -1,6 +1,7 @@
 """afa.py as a program: what a run leaves behind, resuming, interruptions, and what is refused."""
 
 import json
+import os
 import resource
 import runpy
 import shlex
@@ -29,7 +30,8 @@ def command(arguments, runs):
 
 def start(arguments, runs, **kwargs):
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(command(arguments, runs), **pipes, **kwargs)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # small networks: threads cost more than they bring
+    return subprocess.Popen(command(arguments, runs), env=environment, **pipes, **kwargs)
 
 
 def finished(arguments, runs):
@@ -73,7 +75,7 @@ def runs(tmp_path_factory):
 def trained(runs):
     """Long enough to learn something, short enough for a test."""
     return finished("--train-size 2000 --val-size 100 --test-size 50 --epochs 4 --gate-epochs 1 --attack-steps 3 "
-                    "--eps-warmup-epochs 2 --batch-size 64", runs)
+                    "--eps 4/255 --eps-warmup-epochs 2 --batch-size 64", runs)
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +93,9 @@ def test_a_run_leaves_what_the_docs_promise(trained):
         assert set(row) == {"epoch", "clean", "fgsm", "pgd20", "pgd50_margin", "transfer", "worst"}
         assert all(0 <= v <= 1 for k, v in row.items() if k != "epoch")
         assert row["worst"] <= min(v for k, v in row.items() if k not in ("epoch", "worst"))
-    assert set(results["robustness_curve"]) == {"0", "1", "2", "4", "6", "8", "12", "16", "64"}
+    assert set(results["robustness_curve"]) == {"0", "0.5", "1", "2", "3", "4", "6", "8", "32"}
     assert results["robustness_curve"]["0"] == results["checkpoints"]["best"]["clean"]
-    assert results["robustness_curve"]["64"] < 0.1
+    assert results["robustness_curve"]["32"] < 0.1
     saved = json.loads((run / "args.json").read_text())
     assert saved["args"]["arch"] == "preactresnet8" and saved["torch"] == torch.__version__
     assert "worst" in output and "epoch 5/5" in output and str(run) in output
@@ -106,10 +108,12 @@ def test_it_learns_and_is_more_robust_than_an_undefended_network(trained, runs):
     assert losses[-1] < 0.5 * losses[0]
     undefended, _ = finished("--train-size 2000 --val-size 100 --test-size 50 --epochs 4 --bn single --eps 0 "
                              "--batch-size 64", runs)
-    results = [json.loads((r / "results.json").read_text()) for r in (run, undefended)]
+    again, _ = finished(f"--eval-only {undefended} --eps 4/255", runs)
+    results = [json.loads(path.read_text()) for path in (run / "results.json", undefended / "eval.json")]
+    assert again is None and results[0]["eps"] == results[1]["eps"] == 4 / 255
     afa_row, plain_row = (r["checkpoints"]["best"] for r in results)
-    assert plain_row["clean"] > 0.7 and plain_row["worst"] <= 0.02
-    assert afa_row["clean"] > 0.5 and afa_row["worst"] > plain_row["worst"] + 0.1
+    assert plain_row["clean"] > 0.7 and plain_row["worst"] <= 0.1
+    assert afa_row["clean"] > 0.7 and afa_row["worst"] > plain_row["worst"] + 0.1
 
 
 def test_tensorboard_has_the_documented_tags(trained):
@@ -122,7 +126,7 @@ def test_tensorboard_has_the_documented_tags(trained):
         assert documented in docs or f"`{tag.split('/')[0]}/*`" in docs, tag
     last_step = events.Scalars("val/clean_acc")[-1].step
     assert last_step == 5 * (2000 // 64) and len(events.Scalars("val/clean_acc")) == 5
-    assert {e.step for e in events.Scalars("robustness_curve/model")} == {0, 1, 2, 4, 6, 8, 12, 16, 64}
+    assert {e.step for e in events.Scalars("robustness_curve/model")} == {0, 1, 2, 3, 4, 6, 8, 32}
 
 
 def test_same_seed_same_weights_another_seed_others(runs):
@@ -233,7 +237,6 @@ def test_full_disk_is_one_line_and_keeps_what_was_there(tiny, runs, tmp_path):
 REFUSED = {
     "--eps 8": "did you mean 8/255?",
     "--eps -1/255": "--eps must be at least 0",
-    "--eps nan": "--eps must be at least 0",
     "--batch-size 0": "--batch-size must be at least 1",
     "--epochs -3": "--epochs must be at least 1",
     "--width 0": "--width must be at least 1",
@@ -263,7 +266,7 @@ def test_bad_input_is_refused_in_one_line_before_any_work(arguments, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("arguments", ["--dataset mnist", "--eps many", "--unknown 1", "--gate wide", "--seed x"])
+@pytest.mark.parametrize("arguments", ["--dataset mnist", "--eps many", "--eps nan", "--eps 1/0", "--unknown 1", "--gate wide", "--seed x"])
 def test_what_is_no_argument_at_all_is_refused_by_the_parser(arguments, monkeypatch, capsys, tmp_path):
     status, error = in_process(arguments, monkeypatch, capsys, tmp_path)
     assert status == 2 and "Traceback" not in error and arguments.split()[0] in error

@@ -39,8 +39,8 @@ def fraction(words):
     """["8/255"] -> 0.0314, as people write it: argument parsers know no fractions."""
     try:
         return float(Fraction(words[0]))
-    except ZeroDivisionError as error:
-        raise ValueError(error) from None
+    except ZeroDivisionError:
+        raise ValueError(f"{words[0]} divides by zero") from None
 
 
 Pixels = Annotated[float, tyro.constructors.PrimitiveConstructorSpec(
@@ -347,7 +347,7 @@ def load(run, device="cpu", name="best.pt"):
         net = AFANet(args, state["classes"])
         net.load_state_dict(state["net"])
     except Exception as error:  # whatever a damaged file or another architecture leads to
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise data.UserError(f"{path} is not a checkpoint that {SCRIPT}.py can use ({reason})") from None
     return net.to(device, memory_format=torch.channels_last).eval(), args, state
 
@@ -428,11 +428,11 @@ if __name__ == "__main__":
 
     signal.signal(signal.SIGINT, interrupted)
     git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
-    info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, command=shlex.join(["python", *sys.argv]),
+    info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, command=f"python {SCRIPT}.py {shlex.join(sys.argv[1:])}",
                 device=torch.cuda.get_device_name() if device.type == "cuda" else platform.machine() + " CPU",
                 python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__,
                 commit=subprocess.run(git, capture_output=True, text=True).stdout.strip() or None)
-    writer = None if args.eval_only else SummaryWriter(run_dir, purge_step=progress["epoch"] * steps)
+    writer = None if args.eval_only else SummaryWriter(run_dir, purge_step=progress["epoch"] * steps + 1)
     if not run:
         data.save(run_dir / "args.json", {**info, "args": asdict(args)})
         table = "\n".join(f"|{k}|{v}|" for k, v in {**info, **asdict(args)}.items())

@@ -9,12 +9,12 @@ replaced where the same command was run again on the same seed.
 import csv
 import importlib
 import json
+import shlex
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -28,7 +28,7 @@ NOT_A_SETTING = {"dataset", "preset", "data_dir", "runs_dir", "seed", "device", 
 @dataclass
 class Args:
     out: tyro.conf.Positional[Path]  # csv to write
-    runs: Annotated[tuple[Path, ...], tyro.conf.arg(name="")] = ()  # folders of finished runs
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()  # folders of finished runs
     checkpoint: str = "best"  # checkpoint of the printed table: best or last
 
 
@@ -50,6 +50,11 @@ def rows(run):
     shared = {k: results[k] for k in ("script", "dataset", "seed")} | {"setting": setting(results["script"], info)}
     names = ("evaluated", "train_seconds", "images_per_second", "device", "python", "torch", "commit", "command")
     rest = {k: results[k] for k in names}
+    words = shlex.split(results["command"])  # without the folders of the machine that ran it
+    for flag in ("--runs-dir", "--data-dir"):
+        while flag in words:
+            del words[words.index(flag) : words.index(flag) + 2]
+    rest["command"] = shlex.join(["python", Path(words[1]).name, *words[2:]])
     for name, row in results["checkpoints"].items():
         curve = {f"pgd20@{k}": v for k, v in results["robustness_curve"].items()} if name == "best" else {}
         yield {**shared, "checkpoint": name, **row, **curve, "eps": round(255 * results["eps"], 6), **rest}

@@ -1,5 +1,6 @@
 """afa.py as a program: what a run leaves behind, resuming, interruptions, and what is refused."""
 
+import itertools
 import json
 import os
 import resource
@@ -144,7 +145,7 @@ def test_single_batchnorm_training_is_a_plain_pgd_loop_bit_for_bit(runs):
     torch.manual_seed(1)
     net = afa.AFANet(args, 10).to(memory_format=torch.channels_last)
     parameters = [p for name, p in net.named_parameters() if "generator" not in name]
-    optimizer = torch.optim.SGD(parameters, 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(parameters, 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
     for epoch in range(2):
         generator = torch.Generator().manual_seed(2_000_003 + epoch)
         for i, (x, y) in enumerate(data.batches(d.train, 100, seed=1, epoch=epoch)):
@@ -266,7 +267,8 @@ def test_bad_input_is_refused_in_one_line_before_any_work(arguments, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("arguments", ["--dataset mnist", "--eps many", "--eps nan", "--eps 1/0", "--unknown 1", "--gate wide", "--seed x"])
+@pytest.mark.parametrize("arguments", [
+    "--dataset mnist", "--eps many", "--eps nan", "--eps 1/0", "--unknown 1", "--gate wide", "--seed x"])
 def test_what_is_no_argument_at_all_is_refused_by_the_parser(arguments, monkeypatch, capsys, tmp_path):
     status, error = in_process(arguments, monkeypatch, capsys, tmp_path)
     assert status == 2 and "Traceback" not in error and arguments.split()[0] in error
@@ -329,7 +331,8 @@ def test_every_setting_of_the_method_runs(arguments, monkeypatch, capsys, tmp_pa
 
 
 def test_runs_of_one_second_get_folders_of_their_own(runs, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(time, "time", lambda: 1e9)
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "time", lambda: 1e9 + next(ticks) / 1e6)
     small = "--train-size 30 --val-size 20 --test-size 5 --width 4 --epochs 1 --bn single --attack-steps 1"
     for _ in range(2):
         assert in_process(small, monkeypatch, capsys, tmp_path)[0] == 0

@@ -553,5 +553,11 @@ if __name__ == "__main__":
         for name, curve in curves.items():
             for k, v in curve.items():
                 writer.add_scalar(f"robustness_curve/{name}", v, round(float(k)))
+        for i, e in enumerate(method["strengths"]):
+            for layer, w in enumerate(method["weight_mean"][i]):
+                writer.add_scalar(f"afa/weight/layer{layer}", w, round(255 * e))
+                for name, statistic in method["statistics"].items():
+                    for what, shift in zip(("mean", "log_sd"), statistic["shift"][layer]):
+                        writer.add_scalar(f"afa/shift_{what}/{name}_layer{layer}", shift[i], round(255 * e))
         writer.close()
     print(f"written to {run_dir}; look at it with: tensorboard --logdir {run_dir.parent}")

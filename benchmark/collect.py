@@ -36,7 +36,8 @@ def setting(script, info):
     """The arguments of a run that differ from what its data set's preset gives, as flags: its name in tables."""
     module, args = importlib.import_module(script), info["args"]
     usual = {**vars(module.Args()), **module.PRESETS[args["dataset"]][args["preset"]]}
-    changed = {k: v for k, v in args.items() if k not in NOT_A_SETTING and v != usual[k] and v != list(usual[k] or [])}
+    usual = json.loads(json.dumps(usual))  # as args.json has it: a tuple is a list
+    changed = {k: v for k, v in args.items() if k not in NOT_A_SETTING and v != usual[k]}
     shown = {k: f"{255 * v:g}/255" if k in ("eps", "step_size") else v for k, v in changed.items()}
     flags = [f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in shown.items()]
     return " ".join(([f"--preset {args['preset']}"] if args["preset"] != "fast" else []) + flags) or "default"

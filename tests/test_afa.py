@@ -190,3 +190,12 @@ def test_measure_reports_a_perfect_and_an_absent_trend():
         assert list(result["statistics"][name]["monotone_share"].values()) == pytest.approx(shares[name], abs=1e-6)
     for name in ("w=0", "w=0.5", "w=1"):
         assert all(result["curves"]["oracle"][k] >= v for k, v in result["curves"][name].items())
+
+
+@pytest.mark.parametrize("arch, parameters", [("preactresnet18", 11_172_170), ("wrn-34-10", 46_160_474)])
+def test_networks_are_those_of_the_literature(arch, parameters):
+    """By their number of parameters, as public code that trains the same networks has it."""
+    with torch.device("meta"):
+        net = afa.PreActResNet(arch, None, 10)
+    assert sum(p.numel() for p in net.parameters()) == parameters
+    assert net(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 10)

@@ -324,8 +324,8 @@ def load(run, device="cpu", name="best.pt"):
     """(net, args, state) of the checkpoint `name` in a run's folder, or of a .pt file; net in eval mode."""
     path = Path(run, name) if Path(run).is_dir() else Path(run)
     if not path.is_file():
-        raise data.UserError(f"there is no checkpoint {path}: name a run's folder or a .pt file (best.pt comes with the "
-                             "last stage: before that, name last.pt)")
+        raise data.UserError(f"there is no checkpoint {path}: name a run's folder or a .pt file (best.pt comes with "
+                             "the last stage, last.pt is there from the start)")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         if state["script"] != SCRIPT:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The runs behind docs/afa.md, one command a row.
-#   bash benchmark/afa.sh          embedded data: about an hour on two CPU cores
+#   bash benchmark/afa.sh          embedded data: about half an hour on two CPU cores
 #   bash benchmark/afa.sh cifar    CIFAR-10 in a reduced setting (narrow network, 20,000 images, 3 attack steps): an hour
 #   bash benchmark/afa.sh gpu      full size, for a GPU
 # The PGD-AT baseline has more epochs for the price of AFA's two stages: its steps lack the second half and the probe pass.

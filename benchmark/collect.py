@@ -47,7 +47,8 @@ def rows(run):
     try:
         info, results = (json.loads((run / name).read_text()) for name in ("args.json", "results.json"))
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename} is not there: the run has not finished, --resume it") from None
+        print(f"warning: left out, for it has not finished: {run} has no {Path(error.filename).name}", file=sys.stderr)
+        return
     shared = {k: results[k] for k in ("script", "dataset", "seed")} | {"setting": setting(results["script"], info)}
     names = ("evaluated", "train_seconds", "images_per_second", "device", "python", "torch", "commit", "command")
     rest = {k: results[k] for k in names}

@@ -218,6 +218,17 @@ def test_eval_only_repeats_the_results_and_writes_beside_them(tiny, runs, monkey
     assert list(again["checkpoints"]) == ["last"] and again["evaluated"] == 20
 
 
+def test_resuming_by_the_checkpoint_s_name_gives_whole_results(tiny, runs, monkeypatch, capsys):
+    before = json.loads((tiny / "results.json").read_text())
+    assert in_process(f"--resume {tiny / 'last.pt'}", monkeypatch, capsys, runs) == (0, "")
+    assert json.loads((tiny / "results.json").read_text())["checkpoints"] == before["checkpoints"]
+
+
+def test_without_git_the_commit_is_unknown(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert data.environment(torch.device("cpu"))["commit"] is None
+
+
 def test_full_disk_is_one_line_and_keeps_what_was_there(tiny, runs, tmp_path):
     copy = tmp_path / "run"
     copy.mkdir()
@@ -254,6 +265,7 @@ REFUSED = {
     "--device gpu": "--device gpu cannot be used",
     "--resume /nowhere": "there is no checkpoint /nowhere",
     "--eval-only /nowhere/best.pt": "there is no checkpoint /nowhere/best.pt",
+    "--resume a --eval-only b": "--resume continues a run, --eval-only evaluates one: choose",
     "--runs-dir /proc/none": "--runs-dir /proc/none cannot be used",
 }
 

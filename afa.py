@@ -469,14 +469,15 @@ if __name__ == "__main__":
                  "robust_acc": survivors(model, x_val, y_val, eps=eps_test, steps=10, norm=args.norm)}
         val = {k: mask.sum().item() / len(mask) for k, mask in alive.items()}
         score = sum(val.values()) / 2 if learned else val["robust_acc"]  # AFA is for all strengths: both count  [D7]
-        x, y, step = x_val[:256], y_val[:256], (epoch + 1) * steps
-        x_adv = pgd(model, x, y, eps=eps_test, step_size=eps_test / 4, steps=10, norm=args.norm, random_start=False)
+        x_few, y_few, step = x_val[:256], y_val[:256], (epoch + 1) * steps
+        x_adv = pgd(model, x_few, y_few, eps=eps_test, step_size=eps_test / 4, steps=10, norm=args.norm,
+                    random_start=False)
         speed = steps * min(args.batch_size, len(d.train.y)) / seconds
         scalars |= {"charts/learning_rate": factor * optimizers[stage].param_groups[0]["peak"],
                     "charts/images_per_second": speed, "charts/epoch_seconds": time.time() - started}
         scalars |= {f"val/{k}": v for k, v in val.items()}
-        scalars |= {f"attack/{k}": v for k, v in attack_metrics(model, x, y, x_adv).items()}
-        for kind, images in (("clean", x), ("adv", x_adv)) if stage == 2 else ():
+        scalars |= {f"attack/{k}": v for k, v in attack_metrics(model, x_few, y_few, x_adv).items()}
+        for kind, images in (("clean", x_few), ("adv", x_adv)) if stage == 2 else ():
             with torch.no_grad():
                 net(images, record=(record := []))
             weights = torch.stack([w for _, w in record])
@@ -484,8 +485,8 @@ if __name__ == "__main__":
             writer.add_histogram(f"afa/weight_{kind}", weights, step)
         for tag, value in scalars.items():
             writer.add_scalar(tag, value, step)
-        rows = torch.cat([x[:8], x_adv[:8], (0.5 + 10 * (x_adv - x)[:8]).clamp(0, 1)])
-        writer.add_image("attack/clean_adversarial_10x", torchvision.utils.make_grid(rows, nrow=len(x[:8])), step)
+        rows = torch.cat([x_few[:8], x_adv[:8], (0.5 + 10 * (x_adv - x_few)[:8]).clamp(0, 1)])
+        writer.add_image("attack/clean_adversarial_10x", torchvision.utils.make_grid(rows, nrow=len(x_few[:8])), step)
         writer.flush()
         progress.update(epoch=epoch + 1, train_seconds=progress["train_seconds"] + seconds)
         if stage == stages[-1] and score > progress["best"]:

@@ -456,13 +456,7 @@ def main():
         raise data.UserError(f"--eps {a.eps} is outside (0, 1], the range of a pixel{hint}")
     if a.batch_size < 1 or a.n is not None and a.n < 1:
         raise data.UserError("--batch-size and --n must be at least 1")
-    if a.device == "auto":
-        a.device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(a.device)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise data.UserError(f"--device {a.device}: {str(error).splitlines()[0]}") from None
+    device = data.device(a.device)
     torch.backends.cudnn.allow_tf32 = False  # rounding to 10 bits would show up as false gradients
     net, args, *_ = script.load(a.run, device)
     sizes = args.train_size, args.val_size, args.test_size

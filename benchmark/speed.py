@@ -9,7 +9,6 @@ ratio is the median over the rounds of time / floor: a machine that slows down s
 pip install --no-deps torchattacks; pip install foolbox.
 """
 
-import json
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -192,25 +191,18 @@ def ratio(above, below):
     return dict(zip(("q1", "ratio", "q3"), quantiles(values, n=4, method="inclusive"), strict=True))
 
 
-def die(message):
-    sys.exit(print(f"{Path(__file__).name}: error: {message}", file=sys.stderr) or 2)
-
-
 if __name__ == "__main__":
     args, begun = tyro.cli(Args, description=__doc__), time.time()
-    try:
-        cuda = args.device == "auto" and torch.cuda.is_available()
-        device = torch.device("cuda" if cuda else args.device.replace("auto", "cpu"))
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        die(f"--device {args.device}: {str(error).splitlines()[0]}")
+    device = data.device(args.device)
+    if args.out and not args.out.endswith(".json"):
+        raise data.UserError(f"--out {args.out}: the results are a .json")
     preset = {k: v for k, v in PRESETS[device.type].items() if getattr(args, k) is None}
     args = replace(args, **preset)
     for name, value in asdict(args).items():
         if type(value) is int and value <= 0:
-            die(f"--{name.replace('_', '-')} must be greater than 0, not {value}")
+            raise data.UserError(f"--{name.replace('_', '-')} must be greater than 0, not {value}")
         if name in CHOICES and not set(value.split(",")) <= set(CHOICES[name]):
-            die(f"--{name} are {','.join(CHOICES[name])}, not {value}")
+            raise data.UserError(f"--{name} are {','.join(CHOICES[name])}, not {value}")
     modes, layouts, on_cpu = args.modes.split(","), args.layouts.split(","), device.type == "cpu"
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")  # as the scripts do: TF32 on a GPU
@@ -295,6 +287,4 @@ if __name__ == "__main__":
     if args.out:
         result = dict(args=asdict(args), device=where, torch=torch.__version__, forwards=forwards)
         result |= dict(times=times, gains=gains, loader=loaders, targets=targets)
-        unfinished = Path(args.out).with_suffix(".tmp")
-        unfinished.write_text(json.dumps(result, indent=1))
-        unfinished.replace(args.out)  # a file that exists is complete
+        data.save(Path(args.out), result)

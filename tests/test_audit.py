@@ -289,7 +289,7 @@ def test_command_line_writes_audit_json(command_line, tmp_path, capsys):
     (["{tmp}/good.pt", "--eps=-1/255"], "--eps -1/255 is outside (0, 1], the range of a pixel"),
     (["{tmp}/good.pt", "--eps", "1/0"], "--eps 1/0 is not a number such as 8/255"),
     (["{tmp}/good.pt", "--n", "0"], "--batch-size and --n must be at least 1"),
-    (["{tmp}/good.pt", "--device", "abacus"], "--device abacus: "),
+    (["{tmp}/good.pt", "--device", "abacus"], "--device abacus cannot be used: "),
 ])  # fmt: skip
 def test_mistakes_are_one_line(words, message, command_line, tmp_path, capsys):
     (tmp_path / "broken.pt").write_bytes(b"no checkpoint")

@@ -134,15 +134,21 @@ class PreActResNet(nn.Module):
         self.bn = norm(channels)
         self.fc = nn.Linear(channels, classes)
 
-    def features(self, x, *extra):
-        """Pooled features (N, channels), input of the last layer."""
+    def maps(self, x, *extra):
+        """Feature maps (N, channels, h, w) of the last convolution, after BatchNorm and ReLU."""
         out = self.conv((x - 0.5) / 0.25)  # normalisation is inside the network, so that eps always means pixels
         for block in self.blocks:
             out = block(out, *extra)
-        return F.relu(self.bn(out, *extra)).mean((2, 3))
+        return F.relu(self.bn(out, *extra))
 
-    def forward(self, x):
-        return self.fc(self.features(x))
+    def features(self, x, *extra):
+        """Pooled features (N, channels), input of the last layer."""
+        return self.maps(x, *extra).mean((2, 3))
+
+    def forward(self, x, return_features=False):
+        features = self.features(x)
+        logits = self.fc(features)
+        return (logits, features) if return_features else logits
 
 
 # --- Method
@@ -241,6 +247,11 @@ class AFANet(PreActResNet):
         return self.fc(self.features(x, w, record))
 
 
+def build(args, classes):
+    """The network, untrained: `load` fills it from a checkpoint."""
+    return AFANet(args, classes)
+
+
 def stage2_attack(net, x, y, args, generator):
     """Examples of every strength: a quarter of the batch at eps 0, a quarter at eps_max, half uniform between.  [D3]
 
@@ -267,11 +278,12 @@ ATTACKS = {  # columns of the final table, as settings of survivors()
     "fgsm": dict(steps=1, relative_step=1.0, random_start=False),
     "pgd20": dict(steps=20),
     "pgd50_margin": dict(steps=50, loss="margin", restarts=5),  # robustness to cross-entropy alone is no evidence
+    "targeted": dict(steps=20, targets=9),  # towards each of the nine likeliest wrong classes
 }
 
 
 def evaluate(net, x, y, eps, norm, others=()):
-    """Accuracies of the final table, from counts over all of x, and `worst`, their per-example minimum.
+    """Accuracies of the final table, from counts over all of x. First `worst`, their per-example minimum.
 
     `others` are models to transfer from: the column `transfer` is PGD-20 with both losses on each of them.
     """
@@ -281,7 +293,7 @@ def evaluate(net, x, y, eps, norm, others=()):
     if others:
         masks = [attack(steps=20, loss=loss, source=other) for other in others for loss in ("ce", "margin")]
         alive["transfer"] = torch.stack(masks).all(0)
-    alive["worst"] = torch.stack([*alive.values()]).all(0)
+    alive = {"worst": torch.stack([*alive.values()]).all(0), **alive}
     return {name: mask.sum().item() / len(y) for name, mask in alive.items()}
 
 
@@ -295,8 +307,11 @@ def measure(net, x, y, eps, args):
     """What the paper claims, against the strength of the attack: accuracy, weights, feature statistics.  [D6]"""
     models = {"model": net} | {f"w={m.keywords['w']:g}": m for m in frozen_weights(net, args)}
     grid = [eps * f for f in (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 3 / 2, 2, 8)]  # of 255: 0 1 2 4 6 8 12 16 64
-    curves = {name: {f"{255 * e:.4g}": survivors(model, x, y, eps=e, steps=20, norm=args.norm).sum().item() / len(y)
-                     for e in grid} for name, model in models.items()}
+    curves = {}
+    for name, model in models.items():
+        clean = survivors(model, x, y, eps=0, steps=0)
+        left = {e: survivors(model, x, y, clean, eps=e, steps=20, norm=args.norm).sum().item() for e in grid}
+        curves[name] = {f"{255 * e:.4g}": count / len(y) for e, count in left.items()}
     if args.bn == "dual":  # the oracle is told eps and takes the best fixed weight: the bar for a learned one
         curves["oracle"] = {k: max(curves[name][k] for name in curves if name != "model") for k in curves["model"]}
     result = {"curves": curves, "strengths": [eps * i / 8 for i in range(9)], "statistics": {}}
@@ -331,7 +346,7 @@ def load(run, device="cpu", name="best.pt"):
         if state["script"] != SCRIPT:
             raise ValueError(f"it is of {state['script']}.py")
         args = Args(**state["args"])
-        net = AFANet(args, state["classes"])
+        net = build(args, state["classes"])
         net.load_state_dict(state["net"])
     except Exception as error:  # whatever a damaged file or another architecture leads to
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -372,7 +387,7 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     torch.backends.cudnn.benchmark = True
-    net = (net if run else AFANet(args, len(d.classes))).to(device, memory_format=torch.channels_last)
+    net = (net if run else build(args, len(d.classes))).to(device, memory_format=torch.channels_last)
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # modes, ends, precisions: beyond the limit it goes eager, silently
         net.compile()

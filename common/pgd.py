@@ -6,6 +6,7 @@
 | PGD-K (Madry et al. 2018)  | `steps=K` with the default `loss="ce"`                                   |
 | CW-style                   | `loss="margin"` (the margin of Carlini & Wagner 2017, inside the ball)   |
 | TRADES' inner attack       | `loss="kl"`, with the clean logits in the place of `y`                   |
+| multi-targeted             | `survivors(..., targets=k)`, with the loss `lead`                        |
 | patch, frame, few pixels   | `mask=...` and `eps=1`                                                   |
 
 Images live in [0,1], going in and coming out. Input normalisation belongs inside the network: then eps always means
@@ -32,6 +33,14 @@ def kl(logits, reference_logits):
     """KL(softmax(reference) || softmax(logits)) per sample, (N,): the inner attack of TRADES (Zhang et al. 2019)."""
     log_p, log_q = F.log_softmax(reference_logits.float(), 1), F.log_softmax(logits, 1)
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
+
+
+def lead(logits, y, target):
+    """z_t - z_y per sample, (N,), for target classes t (N,): the loss of a multi-targeted attack.
+
+    The margin may get stuck between two classes; this keeps to one (Gowal et al. 2019, arXiv 1910.09338).
+    """
+    return (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
 
 
 LOSSES = {"ce": partial(F.cross_entropy, reduction="none"), "margin": margin, "kl": kl}
@@ -169,13 +178,14 @@ def pgd(model, x, y, *, eps, step_size, steps, norm="linf", loss="ce", random_st
     return best if track else x_adv.detach()
 
 
-def survivors(model, x, y, alive=None, *, eps, steps, step_size=None, relative_step=0.25, restarts=1, source=None,
-              seed=0, batch_size=500, **settings):  # fmt: skip
+def survivors(model, x, y, alive=None, *, eps, steps, step_size=None, relative_step=0.25, restarts=1, targets=0,
+              source=None, seed=0, batch_size=500, **settings):  # fmt: skip
     """Which samples stay correctly classified under `pgd`: a boolean mask (N,). With `steps=0`, without an attack.
 
     Only samples marked in `alive` (N,) are attacked, in each restart those that survived the ones before, so that an
-    accuracy costs what its survivors cost. step_size None is `relative_step` * eps. `source` is another model to craft
-    on, for a transfer attack. The other `settings` are those of `pgd`; eps and step_size may be one value per sample.
+    accuracy costs what its survivors cost. step_size None is `relative_step` * eps. With `targets=k` each restart is k
+    attacks, towards each of the k classes likeliest without an attack beside y, with the loss `lead`. `source` is
+    another model to craft on, for a transfer attack. The other `settings` are those of `pgd`; eps and step_size may be one value per sample.
     A misclassified sample that an attack happens to repair counts as a survivor: pass the clean mask as `alive`.
     """
     eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device).expand(len(x))
@@ -187,8 +197,15 @@ def survivors(model, x, y, alive=None, *, eps, steps, step_size=None, relative_s
     settings.setdefault("random_start", steps > 0)  # no steps means no attack, not one with noise
     if any(m.training for m in (model.func if isinstance(model, partial) else model).modules()):
         raise ValueError("the model is in training mode: call .eval() before an attack")  # pgd looks at the source only
-    for _ in range(restarts):
+    goals = [None]
+    if targets:
+        with torch.no_grad():
+            logits = torch.cat([model(part).float() for part in x.split(batch_size)])
+        goals = logits.scatter(1, y[:, None], float("inf")).argsort(1, descending=True)[:, 1 : targets + 1].T
+    for goal in [goal for _ in range(restarts) for goal in goals]:
         for i in alive.nonzero().squeeze(1).split(batch_size) if alive.any() else ():
+            if goal is not None:
+                settings["loss"] = partial(lead, target=goal[i])
             x_adv = pgd(source, x[i], y[i], eps=eps[i], step_size=step_size[i], steps=steps,
                         generator=generator, **settings)  # fmt: skip
             with torch.no_grad():

@@ -165,7 +165,7 @@ def test_evaluate_counts_and_takes_the_worst_of_each_example():
     assert row["clean"] == pytest.approx(clean.float().mean().item())
     assert row["fgsm"] == pytest.approx((clean & fgsm).float().mean().item())
     assert row["clean"] > 0.5 and row["worst"] <= min(v for k, v in row.items() if k != "worst")
-    assert set(row) == {"clean", "fgsm", "pgd20", "pgd50_margin", "transfer", "worst"}
+    assert set(row) == {"clean", "fgsm", "pgd20", "pgd50_margin", "targeted", "transfer", "worst"}
 
 
 def test_measure_reports_a_perfect_and_an_absent_trend():

@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchattacks
 
-from common.pgd import LOSSES, attack_metrics, kl, margin, pgd, survivors
+from common.pgd import LOSSES, attack_metrics, kl, lead, margin, pgd, survivors
 
 CLASSES, SHAPE = 5, (3, 8, 8)
 EPS = 8 / 255
@@ -877,6 +877,30 @@ def test_survivors_refuse_training_mode_of_either_model(nets, many):
         with pytest.raises(ValueError, match="training mode"):
             survivors(model, *many, source=source, **weak())
     assert training[2].num_batches_tracked == 1
+
+
+def test_survivors_of_targeted_attacks_equal_a_loop_over_targets(net, many):
+    x, y = many
+    with torch.no_grad():
+        logits = net(x)
+    alive = logits.argmax(1) == y
+    order = [[c for c in logits[i].argsort(descending=True).tolist() if c != y[i]] for i in range(len(y))]
+    got = {k: survivors(net, x, y, alive, targets=k, random_start=False, **weak()) for k in (1, 3, 4, 9)}
+    expected = alive.clone()
+    for k in range(CLASSES - 1):
+        target = torch.tensor([row[k] for row in order])
+        for i in range(len(y)):
+            towards = lambda z, y, t=target[i]: z[:, t] - z[0, y]  # noqa: E731
+            x_adv = pgd(net, x[i : i + 1], y[i : i + 1], loss=towards, random_start=False, **weak())
+            expected[i] &= net(x_adv).argmax(1)[0] == y[i]
+        if k + 1 in got:
+            assert torch.equal(got[k + 1], expected)
+    assert torch.equal(got[9], got[4]) and got[4].sum() < got[1].sum() < alive.sum()  # no more targets than classes
+
+
+def test_lead_is_the_difference_of_two_logits():
+    z = torch.tensor([[1.0, 2.0, 4.0], [0.5, -1.0, 3.0]])
+    assert torch.equal(lead(z, torch.tensor([0, 2]), torch.tensor([2, 1])), torch.tensor([3.0, -4.0]))
 
 
 def test_survivors_with_an_eps_per_sample(net, many):

@@ -91,7 +91,7 @@ def test_a_run_leaves_what_the_docs_promise(trained):
     assert names == {"args.json", "best.pt", "last.pt", "results.json"}
     assert results["script"] == "afa" and results["dataset"] == "digits" and results["evaluated"] == 50
     for row in results["checkpoints"].values():
-        assert set(row) == {"epoch", "clean", "fgsm", "pgd20", "pgd50_margin", "transfer", "worst"}
+        assert set(row) == {"epoch", "clean", "fgsm", "pgd20", "pgd50_margin", "targeted", "transfer", "worst"}
         assert all(0 <= v <= 1 for k, v in row.items() if k != "epoch")
         assert row["worst"] <= min(v for k, v in row.items() if k not in ("epoch", "worst"))
     assert set(results["robustness_curve"]) == {"0", "0.5", "1", "2", "3", "4", "6", "8", "32"}

@@ -370,15 +370,7 @@ if __name__ == "__main__":
     preset = {k: v for k, v in PRESETS[args.dataset][args.preset].items() if getattr(args, k) is None}
     args = replace(args, **preset)
     learned = args.bn == "dual" and args.fusion == "learned"
-    limits = dict(width=1, epochs=1, batch_size=1, attack_steps=1, gate_epochs=int(learned), eps_warmup_epochs=0,
-                  seed=0, eps=0, harden=0, weight_decay=0, lr=1e-9, gate_lr=1e-9, step_size=1e-9)
-    for k, low in limits.items():
-        if getattr(args, k) is not None and not getattr(args, k) >= low:  # written so, it refuses nan too
-            raise data.UserError(f"--{k.replace('_', '-')} must be at least {low:g}, not {getattr(args, k):g}")
-    if args.harden > 1:
-        raise data.UserError("--harden is a share of the batch, at most 1")
-    if args.norm == "linf" and args.eps > 1:
-        raise data.UserError(f"--eps {args.eps:g} is more than a pixel's whole range: did you mean {args.eps:g}/255?")
+    data.check(args, gate_epochs=(int(learned), math.inf), gate_lr=(1e-9, math.inf), harden=(0, 1))
 
     # Data, network, optimisers.
     device = data.device(args.device)

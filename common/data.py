@@ -94,6 +94,23 @@ def save(path, content):
         raise UserError(error) from None
 
 
+def check(args, **own):
+    """Refuse arguments outside their range: those of every script, and a script's `own`, as name=(lowest, highest).
+
+    Arguments left at None are not looked at. Raises UserError.
+    """
+    if args.norm == "linf" and args.eps > 1:
+        raise UserError(f"--eps {args.eps:g} is more than a pixel's whole range: did you mean {args.eps:g}/255?")
+    ranges = {k: (1, math.inf) for k in ("width", "epochs", "batch_size", "attack_steps")}
+    ranges |= {k: (0, math.inf) for k in ("seed", "eps", "eps_warmup_epochs", "weight_decay")}
+    ranges |= {k: (1e-9, math.inf) for k in ("lr", "step_size")}
+    for k, (low, high) in (ranges | own).items():
+        value = getattr(args, k)
+        if value is not None and not low <= value <= high:  # written so, it refuses nan too
+            limit = f"at least {low:g}" if not value >= low else f"at most {high:g}"
+            raise UserError(f"--{k.replace('_', '-')} must be {limit}, not {value:g}")
+
+
 def new_folder(parent, name):
     """Make and return parent/name, with a plus sign behind it when another run of the same second has that name."""
     path = Path(parent, name)

@@ -256,7 +256,7 @@ REFUSED = {
     "--attack-steps 0": "--attack-steps must be at least 1",
     "--gate-epochs 0": "--gate-epochs must be at least 1",
     "--lr 0": "--lr must be at least",
-    "--harden 2": "--harden is a share",
+    "--harden 2": "--harden must be at most 1",
     "--train-size 0": "--train-size 0: digits has from 1 to 8000",
     "--train-size 9000": "--train-size 9000: digits has from 1 to 8000",
     "--val-size -5": "--val-size -5: digits has from 1 to",

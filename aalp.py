@@ -1,0 +1,528 @@
+"""AALP, Adaptive Adversarial Logits Pairing: adversarial training that also pulls the logits of an image and of its
+attacked version together. Guided dropout thins out the features that say little about the class, and each sample's
+pairing is weighted by how well it is classified already.
+
+Shangxi Wu et al., "Adaptive Adversarial Logits Pairing", https://arxiv.org/abs/2005.11904
+
+    python aalp.py                                       # embedded data, a few minutes on two CPU cores
+    python aalp.py --dataset cifar10 --bf16 --compile    # PreActResNet-18, 30 epochs, on a GPU
+
+RESULTS
+"""
+
+import json
+import math
+import signal
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from common import data
+from common.pgd import attack_metrics, pgd, survivors
+
+SCRIPT = Path(__file__).stem
+
+
+@dataclass
+class Args:
+    # --- Run
+    dataset: Literal["digits", "cifar10", "cifar100", "svhn", "tiny-imagenet"] = "digits"  # digits is embedded
+    preset: Literal["fast", "paper"] = "fast"  # 30 epochs, one cycle; or the literature's length, in steps
+    data_dir: str = "data"  # folder of the data sets in their standard layout; downloads go there
+    runs_dir: str = "runs"  # folder of the runs' folders: tensorboard --logdir runs
+    seed: int = 1  # seed of everything random
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    bf16: bool = False  # train, and attack in training, under bfloat16 autocast; evaluation is float32
+    compile: bool = False  # torch.compile the network: some minutes of compiling, then faster on a GPU
+    resume: str | None = None  # continue the run in this folder, with its own arguments
+    eval_only: str | None = None  # evaluate the run in this folder, or one .pt file; writes eval.json beside it
+    # --- Data
+    train_size: int | None = None  # training images, the first so many of a fixed permutation (None: all)
+    val_size: int = 1000  # validation images, held out of the training split
+    test_size: int | None = None  # test images (None: all)
+    # --- Optimisation
+    arch: Literal["preactresnet18", "wrn-34-10", "preactresnet8"] | None = None  # network
+    width: int | None = None  # channels of the first stage (None: 64, 160 and 16, in the order above)
+    epochs: int | None = None  # passes over the training images
+    batch_size: int = 128  # images a step
+    lr: float | None = None  # peak learning rate of SGD with Nesterov momentum 0.9
+    milestones: tuple[int, ...] | None = None  # epochs after which lr is divided by 10; none: one cycle
+    weight_decay: float = 5e-4  # L2 penalty on all weights
+    # --- Threat model
+    eps: data.Pixels = 8 / 255  # radius of the attacks. 0: undefended network
+    step_size: data.Pixels | None = None  # step of the training attack (None: 2.5 eps / steps: 2/255 for 10 steps)
+    attack_steps: int | None = None  # steps K of the training attack, each one more pass of the network
+    norm: Literal["linf", "l2"] = "linf"  # norm that eps bounds
+    eps_warmup_epochs: float | None = None  # epochs over which the training eps rises from 0
+    # --- Method
+    method: Literal["at", "alp", "aalp"] = "aalp"  # gives the next three their values; at: clean and adversarial half
+    pairing_weight: float | None = None  # lambda, of the squared difference's mean over classes: sums need other values
+    guided_dropout: Literal["low", "high", "random", "none"] | None = None  # which contributions are thinned out
+    sample_weight: Literal["clean", "adv", "min", "conflict", "none"] | None = None  # w, what relaxes the pairing
+    dropout_ratio: float = 0.5  # r, share of a sample's features that guided dropout selects
+    dropout_prob: float = 0.5  # p, probability of a selected feature to be zeroed
+    dropout_label: Literal["true", "predicted"] = "true"  # the class that the contributions are for
+    control_of: str | None = None  # ALP at lambda * mean(w) of this AALP run: is less pairing all that it does?
+
+
+# An argument left at None takes its value here.
+FAST = dict(arch="preactresnet18", attack_steps=10, lr=0.1, eps_warmup_epochs=0.0, epochs=30, milestones=(),
+            pairing_weight=0.5)
+PAPER = {**FAST, "epochs": 100, "milestones": (75, 90)}
+DIGITS = {**FAST, "arch": "preactresnet8", "attack_steps": 5, "eps_warmup_epochs": 4.0, "epochs": 12,
+          "pairing_weight": 1.0, "test_size": 500}
+PRESETS = {
+    "digits": {"fast": DIGITS, "paper": DIGITS},
+    "cifar10": {"fast": FAST, "paper": PAPER},
+    "cifar100": {"fast": FAST, "paper": PAPER},
+    "svhn": {"fast": {**FAST, "lr": 0.05, "eps_warmup_epochs": 5.0},  # at full eps from the start it predicts one class
+             "paper": {**PAPER, "lr": 0.01}},
+    "tiny-imagenet": {"fast": FAST, "paper": PAPER},
+}
+METHODS = {  # what --method sets, and nothing else: the ablation is `--method alp --guided-dropout low` and so on
+    "at": dict(pairing_weight=0.0, guided_dropout="none", sample_weight="none"),
+    "alp": dict(guided_dropout="none", sample_weight="none"),
+    "aalp": dict(guided_dropout="low", sample_weight="clean"),
+}
+
+
+# --- Network
+
+ARCHS = {  # base width; channels of stem and stages in multiples of it; blocks per stage; strides of stem and stages
+    "preactresnet18": (64, 1.0, (1, 2, 4, 8), 2, (1, 1, 2, 2, 2)),  # He et al. 2016, arXiv 1603.05027
+    "wrn-34-10": (160, 0.1, (1, 2, 4), 5, (1, 1, 2, 2)),  # Zagoruyko & Komodakis 2016, arXiv 1605.07146
+    "preactresnet8": (16, 1.0, (1, 2, 4), 1, (2, 1, 2, 2)),  # small and fast, for the embedded data
+}
+
+
+class PreActBlock(nn.Module):
+    """Pre-activation residual block. `extra`: further inputs of the normalisation layers (plain BatchNorm has none)."""
+
+    def __init__(self, in_channels, channels, stride, norm):
+        super().__init__()
+        self.bn1, self.bn2 = norm(in_channels), norm(channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        same_shape = in_channels == channels and stride == 1
+        self.shortcut = None if same_shape else nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+
+    def forward(self, x, *extra):
+        out = F.relu(self.bn1(x, *extra))
+        shortcut = x if self.shortcut is None else self.shortcut(out)
+        out = F.relu(self.bn2(self.conv1(out), *extra))
+        return self.conv2(out) + shortcut
+
+
+class PreActResNet(nn.Module):
+    """Images (N, 3, H, W) in [0, 1] to logits (N, classes). `norm` makes a normalisation layer for so many channels."""
+
+    def __init__(self, arch, width, classes, norm=nn.BatchNorm2d):
+        super().__init__()
+        base, stem, stages, blocks, strides = ARCHS[arch]
+        width = width or base
+        channels = max(round(stem * width), 1)
+        self.conv = nn.Conv2d(3, channels, 3, strides[0], 1, bias=False)
+        self.blocks = nn.ModuleList()
+        for multiple, stride in zip(stages, strides[1:]):
+            for i in range(blocks):
+                self.blocks.append(PreActBlock(channels, multiple * width, stride if i == 0 else 1, norm))
+                channels = multiple * width
+        self.bn = norm(channels)
+        self.fc = nn.Linear(channels, classes)
+
+    def maps(self, x, *extra):
+        """Feature maps (N, channels, h, w) of the last convolution, after BatchNorm and ReLU."""
+        out = self.conv((x - 0.5) / 0.25)  # normalisation is inside the network, so that eps always means pixels
+        for block in self.blocks:
+            out = block(out, *extra)
+        return F.relu(self.bn(out, *extra))
+
+    def features(self, x, *extra):
+        """Pooled features (N, channels), input of the last layer."""
+        return self.maps(x, *extra).mean((2, 3))
+
+    def forward(self, x, return_features=False):
+        features = self.features(x)
+        logits = self.fc(features)
+        return (logits, features) if return_features else logits
+
+
+# --- Method
+# paper        here                    meaning
+# x, x'        x, x_adv                an image, and its PGD example
+# z, z'        z, z_adv                their logits (N, classes)
+# f            features                pooled features (N, d), input of the last linear layer, whose weights are W
+# c            contributions           what each feature adds to the logit of the class (N, d)
+# r, p         args.dropout_ratio, _prob
+# lambda, w    args.pairing_weight, w  weight of the pairing, and its factor for each sample
+# O1, O2       concentration, conflicts  the paper's two observations
+# D1, D2, ...  docs/aalp.md            our decisions where the abstract leaves the choice open
+
+
+def contributions(features, weight, y):
+    """c_k = W[y, k] f_k, (N, d): gradient times activation in closed form; they sum to z_y - b_y.  [D2]"""
+    return weight[y] * features
+
+
+def guided_dropout(c, args, generator):
+    """Factors for the features (N, d): of each sample's share r with the lowest contributions each is zeroed with
+    probability p or else scaled by 1/(1-p); the rest stays as it is. `high` and `random` select others.  [D3]
+    """
+    score = {"low": c, "high": -c}.get(args.guided_dropout)
+    score = torch.rand(c.shape, device=c.device, generator=generator) if score is None else score
+    selected = score.topk(round(args.dropout_ratio * c.shape[1]), largest=False).indices
+    kept = torch.rand(c.shape, device=c.device, generator=generator) >= args.dropout_prob
+    kept = kept.float() / max(1 - args.dropout_prob, 1e-9)  # with p = 1 none is kept
+    return torch.ones_like(kept).scatter(1, selected, kept.gather(1, selected))
+
+
+def logit_gradients(z, z_adv, y, pairing_weight):
+    """Gradients of both parts of a sample's loss with respect to its clean logits: g_ce, g_lp (N, classes).
+
+    The clean branch alone: over both, <g_ce, g_lp> is proportional to (p' - p).(z' - z) and never negative.  [D5]
+    """
+    g_ce = 0.5 * (z.softmax(1) - F.one_hot(y, z.shape[1]))
+    return g_ce, 2 * pairing_weight / z.shape[1] * (z - z_adv)
+
+
+def conflicts(ce_lp, ce_ce):
+    """O2 from <g_ce, g_lp> and <g_ce, g_ce> (N,): does the pairing work against the classification, and does it win?
+
+    Over-emphasised is a pairing with <g_ce, g_ce + g_lp> < 0: a step along both would raise the cross-entropy.  [D5]
+    """
+    return {"conflicting": ce_lp < 0, "overemphasised": ce_lp + ce_ce < 0}
+
+
+def sample_weights(z, z_adv, y, args):
+    """w (N,) from unmasked logits, without a gradient: a network must not gain by being unsure.  [D4]"""
+    z, z_adv = z.detach(), z_adv.detach()
+    clean, adv = (logits.softmax(1).gather(1, y[:, None]).squeeze(1) for logits in (z, z_adv))
+    if args.sample_weight == "conflict":  # the largest weight up to 1 that is not over-emphasised on the clean logits
+        g_ce, g_lp = logit_gradients(z, z_adv, y, args.pairing_weight)
+        against = -(g_ce * g_lp).sum(1)
+        return torch.where(against > 0, (g_ce.square().sum(1) / against.clamp_min(1e-12)).clamp(max=1), 1)
+    return {"clean": clean, "adv": adv, "min": torch.minimum(clean, adv), "none": torch.ones_like(clean)}[
+        args.sample_weight]
+
+
+def aalp_loss(z, z_adv, y, w, args):
+    """mean_i [CE(z_i, y_i) / 2 + CE(z'_i, y_i) / 2 + lambda w_i ||z_i - z'_i||^2 / C], and its terms unweighted.
+
+    ALP (Kannan et al. 2018, arXiv 1803.06373) is w = 1, with a gradient into both branches; lambda = 0 is mixed
+    adversarial training.  [D1]
+    """
+    pairing = (z - z_adv).square().mean(1)
+    terms = {"clean_ce": F.cross_entropy(z, y), "robust_ce": F.cross_entropy(z_adv, y), "pairing": pairing.mean()}
+    loss = 0.5 * terms["clean_ce"] + 0.5 * terms["robust_ce"] + args.pairing_weight * (w * pairing).mean()
+    return loss, terms
+
+
+def concentration(c):
+    """O1, of contributions (N, d): how few features say what the class is.
+
+    n50 (N,): features of more than half the largest contribution. n90 (N,): the fewest that make up 90 % of what the
+    positive ones add up to.
+    """
+    c = c.clamp_min(0)
+    total = c.sort(1, descending=True).values.cumsum(1)
+    n90 = (total < 0.9 * total[:, -1:]).sum(1) + (total[:, -1] > 0)
+    return {"n50": (c > 0.5 * c.amax(1, keepdim=True)).sum(1), "n90": n90}
+
+
+def observe(net, x, x_adv, y, args):
+    """O1 and O2 on a batch, in eval mode, as numbers: counts of features, and shares of samples.  [D5]"""
+    result, logits = {}, []
+    for kind, images in (("clean", x), ("adv", x_adv)):
+        with torch.no_grad():
+            maps = net.maps(images)
+            logits.append(net.fc(maps.mean((2, 3))))
+            c_maps = net.fc.weight[y][:, :, None, None] * maps / maps[0, 0].numel()  # pooled: the contributions
+        for level, c in (("features", c_maps.sum((2, 3))), ("map", c_maps.flatten(1))):
+            result |= {f"{k}_{level}_{kind}": v.float().mean().item() for k, v in concentration(c).items()}
+    w = args.pairing_weight * sample_weights(*logits, y, args)
+    g_ce, g_lp = logit_gradients(*logits, y, w[:, None])
+    products = {"logits": ((g_ce * g_lp).sum(1), g_ce.square().sum(1))}
+    params, rows = [p for p in net.parameters() if p.requires_grad], []
+    for i in range(min(len(x), 64)):  # one at a time: gradients of samples, not of their mean
+        z = net.fc(net.features(torch.stack([x[i], x_adv[i]])))
+        ce, pairing = F.cross_entropy(z, y[i].repeat(2)), w[i] * (z[0] - z[1]).square().mean()
+        g_ce, g_lp = (torch.cat([g.flatten() for g in torch.autograd.grad(v, params, retain_graph=v is ce)])
+                      for v in (ce, pairing))
+        rows.append(torch.stack([g_ce @ g_lp, g_ce @ g_ce]))
+    products["parameters"] = torch.stack(rows, 1)
+    for level, (ce_lp, ce_ce) in products.items():
+        result |= {f"{k}_{level}": v.float().mean().item() for k, v in conflicts(ce_lp, ce_ce).items()}
+    return result
+
+
+def control(run):
+    """lambda * mean(w) of a finished AALP run.  [D6]"""
+    try:
+        return json.loads(Path(run, "results.json").read_text())["method"]["mean_pairing_weight"]
+    except (OSError, ValueError, KeyError) as error:
+        raise data.UserError(f"--control-of {run}: not the folder of a finished run of {SCRIPT}.py ({error})") from None
+
+
+def build(args, classes):
+    """The network, untrained: `load` fills it from a checkpoint."""
+    return PreActResNet(args.arch, args.width, classes)
+
+
+# --- Evaluation
+
+ATTACKS = {  # columns of the final table, as settings of survivors()
+    "fgsm": dict(steps=1, relative_step=1.0, random_start=False),
+    "pgd20": dict(steps=20),
+    "pgd50_margin": dict(steps=50, loss="margin", restarts=5),  # robustness to cross-entropy alone is no evidence
+    "targeted": dict(steps=20, targets=9),  # towards each of the nine likeliest wrong classes
+}
+
+
+def evaluate(net, x, y, eps, norm, others=()):
+    """Accuracies of the final table, from counts over all of x. First `worst`, their per-example minimum.
+
+    `others` are models to transfer from: the column `transfer` is PGD-20 with both losses on each of them.
+    """
+    clean = survivors(net, x, y, eps=0, steps=0)
+    attack = partial(survivors, net, x, y, clean, eps=eps, norm=norm)
+    alive = {"clean": clean, **{name: attack(**settings) for name, settings in ATTACKS.items()}}
+    if others:
+        masks = [attack(steps=20, loss=loss, source=other) for other in others for loss in ("ce", "margin")]
+        alive["transfer"] = torch.stack(masks).all(0)
+    alive = {"worst": torch.stack([*alive.values()]).all(0), **alive}
+    return {name: mask.sum().item() / len(y) for name, mask in alive.items()}
+
+
+def measure(net, x, y, eps, args):
+    """Accuracy against the strength of the attack, and the two observations on test images."""
+    clean = survivors(net, x, y, eps=0, steps=0)
+    grid = [eps * f for f in (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 3 / 2, 2, 8)]  # of 255: 0 1 2 4 6 8 12 16 64
+    left = {e: survivors(net, x, y, clean, eps=e, steps=20, norm=args.norm).sum().item() for e in grid}
+    curve = {f"{255 * e:.4g}": count / len(y) for e, count in left.items()}
+    x, y = x[:256], y[:256]
+    x_adv = pgd(net, x, y, eps=eps, step_size=eps / 4, steps=10, norm=args.norm, random_start=False)
+    return {"curves": {"model": curve}, "test": observe(net, x, x_adv, y, args)}
+
+
+def load(run, device="cpu", name="best.pt"):
+    """(net, args, state) of the checkpoint `name` in a run's folder, or of a .pt file; net in eval mode."""
+    path = Path(run, name) if Path(run).is_dir() else Path(run)
+    if not path.is_file():
+        raise data.UserError(f"there is no checkpoint {path}: name a run's folder or a .pt file (best.pt comes with "
+                             "the last stage, last.pt is there from the start)")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        if state["script"] != SCRIPT:
+            raise ValueError(f"it is of {state['script']}.py")
+        args = Args(**state["args"])
+        net = build(args, state["classes"])
+        net.load_state_dict(state["net"])
+    except Exception as error:  # whatever a damaged file or another architecture leads to
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise data.UserError(f"{path} is not a checkpoint that {SCRIPT}.py can use ({reason})") from None
+    return net.to(device, memory_format=torch.channels_last).eval(), args, state
+
+
+if __name__ == "__main__":
+    # Arguments. A run that is continued or evaluated brings its own.
+    args = tyro.cli(Args, description=__doc__)
+    run = args.resume or args.eval_only
+    if args.resume and args.eval_only:
+        raise data.UserError("--resume continues a run, --eval-only evaluates one: choose")
+    if run:
+        net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
+        args = tyro.cli(Args, description=__doc__, default=own)
+        free = ["resume", "eval_only", "device", "data_dir", "runs_dir", "compile"]
+        free += ["eps", "norm", "test_size"] if args.eval_only else []
+        if changed := [k for k, v in asdict(own).items() if k not in free and getattr(args, k) != v]:
+            raise data.UserError(f"{run} had another value of {', '.join(changed)}: leave it out")
+    if args.control_of and not run:
+        if args.pairing_weight is not None:
+            raise data.UserError("--control-of sets --pairing-weight: leave one of them out")
+        args = replace(args, method="alp", pairing_weight=control(args.control_of))
+    preset = {**PRESETS[args.dataset][args.preset], **METHODS[args.method]}
+    preset = {k: v for k, v in preset.items() if getattr(args, k) is None}
+    args = replace(args, **preset)
+    data.check(args, pairing_weight=(0, math.inf), dropout_ratio=(0, 1), dropout_prob=(0, 1))
+
+    # Data, network, optimiser.
+    device = data.device(args.device)
+    d = data.load(args.dataset, args.data_dir, device, args.train_size, args.val_size, args.test_size)
+    x_val, y_val, x_test, y_test = data.to_float(d.val.x), d.val.y, data.to_float(d.test.x), d.test.y
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
+    torch.backends.cudnn.benchmark = True
+    net = (net if run else build(args, len(d.classes))).to(device, memory_format=torch.channels_last)
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # modes, ends, precisions: beyond the limit it goes eager, silently
+        net.compile()
+    optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, nesterov=True, fused=True,
+                                weight_decay=args.weight_decay)
+    x_seen, y_seen = data.to_float(d.train.x[:256]), d.train.y[:256]  # where training is watched  [D5]
+    steps = data.steps_per_epoch(len(d.train.y), args.batch_size)
+    eps_test = args.eps or 8 / 255  # an undefended network is tested like the others
+
+    # The run's folder.
+    progress = dict(epoch=0, best=-1.0, train_seconds=0.0, history={})
+    if run:
+        run_dir = Path(run) if Path(run).is_dir() else Path(run).parent
+        progress = {k: state[k] for k in progress}
+        optimizer.load_state_dict(state["optimizer"])
+    else:
+        run_dir = data.new_folder(args.runs_dir, f"{d.name}__{SCRIPT}__{args.seed}__{int(time.time())}")
+
+    def checkpoint(name):
+        data.save(run_dir / name, dict(script=SCRIPT, args=asdict(args), classes=len(d.classes), net=net.state_dict(),
+                                       optimizer=optimizer.state_dict(), **progress))
+
+    def interrupted(*_):
+        print(f"\ninterrupted; to continue after the last finished epoch: python {SCRIPT}.py --resume {run_dir}")
+        raise SystemExit(130)
+
+    signal.signal(signal.SIGINT, interrupted)
+    info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, **data.environment(device))
+    writer = None if args.eval_only else SummaryWriter(run_dir, purge_step=progress["epoch"] * steps + 1)
+    if not run:
+        data.save(run_dir / "args.json", {**info, "args": asdict(args)})
+        table = "\n".join(f"|{k}|{v}|" for k, v in {**info, **asdict(args)}.items())
+        writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + table)
+        checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
+    print(f"{run_dir}: {sum(p.numel() for p in net.parameters()):,} parameters, {info['device']}, images to train, "
+          f"validate and test: {len(d.train.y)}, {len(y_val)}, {len(y_test)}; preset: "
+          + ", ".join(f"{k} {v}" for k, v in preset.items()), flush=True)
+
+    # Training.
+    bar = tqdm(total=args.epochs * steps, initial=progress["epoch"] * steps, disable=not sys.stderr.isatty())
+    for epoch in range(progress["epoch"], 0 if args.eval_only else args.epochs):
+        started, sums, weights = time.time(), defaultdict(float), []
+        generator = torch.Generator(device).manual_seed(2_000_003 * args.seed + epoch)  # chance is (seed, epoch)'s
+        for i, (x, y) in enumerate(data.batches(d.train, args.batch_size, seed=args.seed, epoch=epoch, **d.augment)):
+            t = epoch + (i + 0.5) / steps  # epochs, at the middle of the step
+            if args.milestones:
+                factor = 0.1 ** sum(t >= m for m in args.milestones)
+            else:  # one cycle: up for 30 % of the steps, then down to 0
+                factor = min(t / args.epochs / 0.3, (1 - t / args.epochs) / 0.7)
+            for group in optimizer.param_groups:
+                group["lr"] = factor * args.lr
+            net.eval()  # the attack sees the running statistics, as at test time, and moves none of them
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                rise = min(1.0, t / args.eps_warmup_epochs) if args.eps_warmup_epochs else 1.0
+                step_size = args.step_size or 2.5 * args.eps / args.attack_steps
+                x_adv = pgd(net, x, y, eps=rise * args.eps, step_size=rise * step_size,
+                            steps=args.attack_steps if args.eps else 0, norm=args.norm, generator=generator)
+                net.train()
+                # Both halves in one batch: they share the BatchNorm statistics, as in the code of ALP's authors.
+                logits, features = net(torch.cat([x, x_adv]), return_features=True)
+                z, z_adv = plain = logits.float().chunk(2)
+                w = sample_weights(z, z_adv, y, args)
+                if args.guided_dropout != "none":
+                    label = y if args.dropout_label == "true" else z.argmax(1)
+                    c = contributions(features[: len(x)].detach(), net.fc.weight.detach(), label)
+                    mask = guided_dropout(c, args, generator)
+                    # The same mask for x and x': the pairing compares one sub-network with itself.
+                    z, z_adv = net.fc(features * mask.repeat(2, 1)).float().chunk(2)
+                loss, terms = aalp_loss(z, z_adv, y, w, args)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            for k, v in terms.items():  # the sums stay on the device: to read one here would stall it
+                sums[f"losses/{k}"] += v.detach() / steps
+            accuracy = [(v.argmax(1) == y).float().mean() / steps for v in (*plain, z)]
+            sums["train/clean_acc"] += accuracy[0]
+            sums["train/robust_acc"] += accuracy[1]
+            sums["aalp/label_leak"] += accuracy[2] - accuracy[0]  # what the mask tells the last layer about the label
+            weights.append(w)
+            bar.update()
+        scalars = {k: v.item() for k, v in sums.items()}
+        if not all(math.isfinite(v) for v in scalars.values()):
+            raise data.UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {args.lr:g}")
+        seconds = time.time() - started
+
+        # Validation, and the paper's two observations on images of the training split.
+        net.eval()
+        clean = survivors(net, x_val, y_val, eps=0, steps=0)
+        robust = survivors(net, x_val, y_val, clean, eps=eps_test, steps=10, norm=args.norm)
+        val = {k: mask.sum().item() / len(mask) for k, mask in (("clean_acc", clean), ("robust_acc", robust))}
+        score = val["robust_acc" if args.eps else "clean_acc"]
+        weights = torch.cat(weights)
+        x_adv = pgd(net, x_seen, y_seen, eps=eps_test, step_size=eps_test / 4, steps=10, norm=args.norm,
+                    random_start=False)
+        seen = observe(net, x_seen, x_adv, y_seen, args) | {"sample_weight": weights.mean().item()}
+        for k, v in (seen | {"label_leak": scalars["aalp/label_leak"]}).items():
+            progress["history"].setdefault(k, []).append(v)
+        progress["history"].setdefault("weight_bins", []).append(torch.histc(weights, 20, 0, 1).tolist())
+        x_few, y_few, step = x_val[:256], y_val[:256], (epoch + 1) * steps
+        x_adv = pgd(net, x_few, y_few, eps=eps_test, step_size=eps_test / 4, steps=10, norm=args.norm,
+                    random_start=False)
+        speed = steps * min(args.batch_size, len(d.train.y)) / seconds
+        scalars |= {"charts/learning_rate": factor * args.lr,
+                    "charts/images_per_second": speed, "charts/epoch_seconds": time.time() - started}
+        scalars |= {f"val/{k}": v for k, v in val.items()}
+        scalars |= {f"attack/{k}": v for k, v in attack_metrics(net, x_few, y_few, x_adv).items()}
+        scalars |= {f"aalp/{k}": v for k, v in seen.items()}
+        writer.add_histogram("aalp/sample_weight", weights, step)
+        for tag, value in scalars.items():
+            writer.add_scalar(tag, value, step)
+        rows = torch.cat([x_few[:8], x_adv[:8], (0.5 + 10 * (x_adv - x_few)[:8]).clamp(0, 1)])
+        writer.add_image("attack/clean_adversarial_10x", torchvision.utils.make_grid(rows, nrow=len(x_few[:8])), step)
+        writer.flush()
+        progress.update(epoch=epoch + 1, train_seconds=progress["train_seconds"] + seconds)
+        if score > progress["best"]:
+            progress["best"] = score
+            checkpoint("best.pt")
+        checkpoint("last.pt")  # last of all: a run that dies before it repeats the epoch, and finds everything in place
+        shown = ", ".join(f"{k} {v:.3f}" for k, v in scalars.items() if k.startswith(("losses", "val")))
+        bar.write(f"epoch {epoch + 1}/{args.epochs}: {shown}, {speed:.0f} images/s")
+    bar.close()
+
+    # Final evaluation: the test split, for the first and only time.
+    torch.set_float32_matmul_precision("highest")  # in full float32, on a GPU too
+    torch.backends.cudnn.allow_tf32 = False
+    print(f"testing on {len(y_test)} images at eps {255 * eps_test:g}/255 ...", flush=True)
+    one = args.eval_only and not Path(run).is_dir()
+    table = {}
+    for path in [Path(run)] if one else [run_dir / "best.pt", run_dir / "last.pt"]:
+        state = load(path, device)[2]
+        net.load_state_dict(state["net"])
+        if not table:
+            method = measure(net, x_test, y_test, eps_test, args)
+        same = [row for row in table.values() if row["epoch"] == state["epoch"]]  # the best epoch may be the last
+        table[path.stem] = same[0] if same else {
+            "epoch": state["epoch"], **evaluate(net, x_test, y_test, eps_test, args.norm)}
+    images = progress["epoch"] * steps * min(args.batch_size, len(d.train.y))
+    history, curve = progress["history"], method["curves"]["model"]
+    w = history.get("sample_weight", [])
+    method |= {"history": history, "mean_pairing_weight": args.pairing_weight * sum(w) / max(len(w), 1)}
+    data.save(run_dir / ("eval.json" if args.eval_only else "results.json"), {
+        **info, "eps": eps_test, "evaluated": len(y_test), "train_seconds": progress["train_seconds"],
+        "images_per_second": images / max(progress["train_seconds"], 1e-9), "checkpoints": table,
+        "robustness_curve": curve, "method": method})
+    lines = [("checkpoint", *table[path.stem]), *((name, *row.values()) for name, row in table.items()), (),
+             ("PGD-20 at eps", "accuracy"), *((f"{k}/255", v) for k, v in curve.items()), (),
+             ("O1, test", "clean", "adversarial"),
+             *((k, *(method["test"][f"{k}_{kind}"] for kind in ("clean", "adv")))
+               for k in ("n50_features", "n90_features", "n50_map", "n90_map")), (),
+             ("O2, test", "logits", "parameters"),
+             *((k, *(method["test"][f"{k}_{level}"] for level in ("logits", "parameters")))
+               for k in ("conflicting", "overemphasised"))]
+    print("\n".join("".join(f"{v:>14.3f}" if isinstance(v, float) else f"{v:>14}" for v in line) for line in lines))
+    if writer:
+        end = progress["epoch"] * steps
+        points = [(f"test/{name}_{k}", v, end) for name, row in table.items() for k, v in row.items()]
+        points += [("robustness_curve/model", v, float(k)) for k, v in curve.items()]
+        for tag, value, x_axis in points:
+            writer.add_scalar(tag, value, round(x_axis))
+        writer.close()
+    print(f"written to {run_dir}; look at it with: tensorboard --logdir {run_dir.parent}")

@@ -475,7 +475,8 @@ if __name__ == "__main__":
         alive = {"clean_acc": survivors(clean_model, x_val, y_val, eps=0, steps=0),
                  "robust_acc": survivors(model, x_val, y_val, eps=eps_test, steps=10, norm=args.norm)}
         val = {k: mask.sum().item() / len(mask) for k, mask in alive.items()}
-        score = sum(val.values()) / 2 if learned else val["robust_acc"]  # AFA is for all strengths: both count  [D7]
+        score = val["robust_acc" if args.eps else "clean_acc"]
+        score = sum(val.values()) / 2 if learned else score  # AFA is for all strengths: both count  [D7]
         x_few, y_few, step = x_val[:256], y_val[:256], (epoch + 1) * steps
         x_adv = pgd(model, x_few, y_few, eps=eps_test, step_size=eps_test / 4, steps=10, norm=args.norm,
                     random_start=False)

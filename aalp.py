@@ -202,7 +202,8 @@ def conflicts(ce_lp, ce_ce):
 
     Over-emphasised is a pairing with <g_ce, g_ce + g_lp> < 0: a step along both would raise the cross-entropy.  [D5]
     """
-    return {"conflicting": ce_lp < 0, "overemphasised": ce_lp + ce_ce < 0}
+    edge = -1e-5 * ce_ce  # `--sample-weight conflict` puts samples on the boundary: rounding is no finding
+    return {"conflicting": ce_lp < 0, "overemphasised": ce_lp + ce_ce < edge}
 
 
 def sample_weights(z, z_adv, y, args):
@@ -212,7 +213,7 @@ def sample_weights(z, z_adv, y, args):
     if args.sample_weight == "conflict":  # the largest weight up to 1 that is not over-emphasised on the clean logits
         g_ce, g_lp = logit_gradients(z, z_adv, y, args.pairing_weight)
         against = -(g_ce * g_lp).sum(1)
-        return torch.where(against > 0, (g_ce.square().sum(1) / against.clamp_min(1e-12)).clamp(max=1), 1)
+        return torch.where(against < 0, 1, (g_ce.square().sum(1) / against.clamp_min(1e-30)).clamp(max=1))
     return {"clean": clean, "adv": adv, "min": torch.minimum(clean, adv), "none": torch.ones_like(clean)}[
         args.sample_weight]
 
@@ -267,12 +268,17 @@ def observe(net, x, x_adv, y, args):
     return result
 
 
-def control(run):
-    """lambda * mean(w) of a finished AALP run.  [D6]"""
+def control(run, dataset):
+    """lambda * mean(w) of a finished AALP run on the same data set.  [D6]"""
     try:
-        return json.loads(Path(run, "results.json").read_text())["method"]["mean_pairing_weight"]
-    except (OSError, ValueError, KeyError) as error:
+        results = json.loads(Path(run, "results.json").read_text())
+        own, weight = results["dataset"], float(results["method"]["mean_pairing_weight"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise data.UserError(f"--control-of {run}: not the folder of a finished run of {SCRIPT}.py ({error})") from None
+    if own.removesuffix("-unofficial") != dataset or weight == 0:
+        raise data.UserError(f"--control-of {run}: a run on {own} with mean pairing weight {weight:g} needs no control "
+                             f"on {dataset}")
+    return weight
 
 
 def build(args, classes):
@@ -349,9 +355,9 @@ if __name__ == "__main__":
         if changed := [k for k, v in asdict(own).items() if k not in free and getattr(args, k) != v]:
             raise data.UserError(f"{run} had another value of {', '.join(changed)}: leave it out")
     if args.control_of and not run:
-        if args.pairing_weight is not None:
-            raise data.UserError("--control-of sets --pairing-weight: leave one of them out")
-        args = replace(args, method="alp", pairing_weight=control(args.control_of))
+        if args.pairing_weight is not None or args.method == "at":
+            raise data.UserError("--control-of is ALP and sets --pairing-weight: leave out that, and --method at")
+        args = replace(args, method="alp", pairing_weight=control(args.control_of, args.dataset))
     preset = {**PRESETS[args.dataset][args.preset], **METHODS[args.method]}
     preset = {k: v for k, v in preset.items() if getattr(args, k) is None}
     args = replace(args, **preset)
@@ -472,7 +478,7 @@ if __name__ == "__main__":
         scalars |= {f"val/{k}": v for k, v in val.items()}
         scalars |= {f"attack/{k}": v for k, v in attack_metrics(net, x_few, y_few, x_adv).items()}
         scalars |= {f"aalp/{k}": v for k, v in seen.items()}
-        writer.add_histogram("aalp/sample_weight", weights, step)
+        writer.add_histogram("aalp/sample_weights", weights, step)  # of one name with a scalar it would hide that
         for tag, value in scalars.items():
             writer.add_scalar(tag, value, step)
         rows = torch.cat([x_few[:8], x_adv[:8], (0.5 + 10 * (x_adv - x_few)[:8]).clamp(0, 1)])
@@ -501,6 +507,7 @@ if __name__ == "__main__":
         same = [row for row in table.values() if row["epoch"] == state["epoch"]]  # the best epoch may be the last
         table[path.stem] = same[0] if same else {
             "epoch": state["epoch"], **evaluate(net, x_test, y_test, eps_test, args.norm)}
+    progress = {k: state[k] for k in progress}  # of the last checkpoint: with --eval-only too
     images = progress["epoch"] * steps * min(args.batch_size, len(d.train.y))
     history, curve = progress["history"], method["curves"]["model"]
     w = history.get("sample_weight", [])

@@ -490,7 +490,7 @@ if __name__ == "__main__":
                 net(images, record=(record := []))
             weights = torch.stack([w for _, w in record])
             scalars[f"afa/weight_{kind}"] = weights.mean().item()
-            writer.add_histogram(f"afa/weight_{kind}", weights, step)
+            writer.add_histogram(f"afa/weights_{kind}", weights, step)  # of one name with a scalar it would hide that
         for tag, value in scalars.items():
             writer.add_scalar(tag, value, step)
         rows = torch.cat([x_few[:8], x_adv[:8], (0.5 + 10 * (x_adv - x_few)[:8]).clamp(0, 1)])
@@ -519,6 +519,7 @@ if __name__ == "__main__":
         same = [row for row in table.values() if row["epoch"] == state["epoch"]]  # the best epoch may be the last
         table[path.stem] = same[0] if same else {
             "epoch": state["epoch"], **evaluate(net, x_test, y_test, eps_test, args.norm, others)}
+    progress = {k: state[k] for k in progress}  # of the last checkpoint: with --eval-only too
     images = progress["epoch"] * steps * min(args.batch_size, len(d.train.y))
     curves = method["curves"]
     data.save(run_dir / ("eval.json" if args.eval_only else "results.json"), {

@@ -14,7 +14,9 @@ from conftest import ROOT
 SCRIPTS = [path for path in (ROOT / f"{name}.py" for name in ("afa", "aalp", "vfd_adv", "abnn")) if path.exists()]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmark").glob("*.sh"))]
 # Names that differ between the scripts because they are the method or its frame.
-METHOD_SPECIFIC = {"Args", "measure"}
+METHOD_SPECIFIC = {"Args", "build", "measure"}
+SHARED_CONSTANTS = {"SCRIPT", "ARCHS", "ATTACKS"}
+OWN_COMMENTS = {"epochs", "eps"}  # flags whose comment says what the method makes of them
 
 
 def test_repeated_functions_are_identical():
@@ -26,6 +28,42 @@ def test_repeated_functions_are_identical():
     assert "PreActResNet" in definitions and "evaluate" in definitions
     for name, versions in definitions.items():
         assert len(set(versions.values())) == 1, f"{name} differs between {', '.join(versions)}"
+
+
+def test_repeated_constants_are_identical():
+    versions = {name: {} for name in SHARED_CONSTANTS}
+    for script in SCRIPTS:
+        for node in ast.parse(script.read_text()).body:
+            for target in node.targets if isinstance(node, ast.Assign) else ():
+                if isinstance(target, ast.Name) and target.id in versions:
+                    versions[target.id][script.name] = ast.unparse(node.value)
+    for name, values in versions.items():
+        assert set(values) == {script.name for script in SCRIPTS}, f"{name} is only in {', '.join(values)}"
+        assert len(set(values.values())) == 1, f"{name} differs: {values}"
+
+
+def flag_comments(script):
+    """What --help says of each flag: the comment behind the field, or the string below it."""
+    source, comments, field = script.read_text(), {}, None
+    (args,) = (n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "Args")
+    for node in args.body:
+        if isinstance(node, ast.AnnAssign):
+            field = node.target.id
+            comments[field] = source.splitlines()[node.end_lineno - 1][node.end_col_offset :].strip("# ")
+        elif isinstance(node, ast.Expr) and not comments[field]:
+            comments[field] = node.value.value
+    return comments
+
+
+def test_every_flag_is_described_and_means_the_same_in_each_script():
+    comments = {}
+    for script in SCRIPTS:
+        for flag, comment in flag_comments(script).items():
+            assert comment, f"{script.name} does not say what --{flag} is"
+            if script.stem != "abnn":  # trains on clips too, and says so of most flags
+                comments.setdefault(flag, {})[script.name] = comment
+    different = {k: v for k, v in comments.items() if len(set(v.values())) > 1}
+    assert "runs_dir" in comments and set(different) == OWN_COMMENTS, different
 
 
 def commands():
@@ -40,7 +78,8 @@ def commands():
 @pytest.mark.parametrize("script, arguments", list(commands()))
 def test_every_command_in_the_documents_parses(script, arguments):
     module = importlib.import_module(script)
-    samples = {"seed": "1", "dataset": "cifar10", "reduced": "--width 8"}  # for the variables of the shell scripts
+    # For the variables of the shell scripts.
+    samples = {"seed": "1", "dataset": "cifar10", "reduced": "--width 8", "run": "runs/digits__aalp__1__1700000000"}
     words = shlex.split(re.sub(r"\$(\w+)", lambda m: samples[m[1]], arguments))
     tyro.cli(module.Args, args=words)
 

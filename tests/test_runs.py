@@ -2,12 +2,9 @@
 
 import itertools
 import json
-import os
 import resource
 import runpy
-import shlex
 import signal
-import subprocess
 import sys
 import time
 
@@ -15,6 +12,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from running import (
+    epochs_done,
+    finished,
+    finished_in_process,
+    in_process,
+    same,
+    start,
+    tag_mismatches,
+    wait_for,
+    weights,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import afa
@@ -23,48 +31,6 @@ from common.pgd import pgd
 
 TINY = ("--train-size 600 --val-size 100 --test-size 10 --width 4 --epochs 2 --gate-epochs 1 --attack-steps 2 "
         "--eps-warmup-epochs 1 --batch-size 100")
-
-
-def command(arguments, runs):
-    return [sys.executable, str(ROOT / "afa.py"), *shlex.split(arguments), "--runs-dir", str(runs)]
-
-
-def start(arguments, runs, **kwargs):
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # small networks: threads cost more than they bring
-    return subprocess.Popen(command(arguments, runs), env=environment, **pipes, **kwargs)
-
-
-def finished(arguments, runs):
-    """The folder that a run made, None when it continued another, and what it printed; it has to end well."""
-    before = set(runs.glob("*"))
-    process = start(arguments, runs)
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
-    (run,) = set(runs.glob("*")) - before or [None]
-    return run, output
-
-
-def in_process(arguments, monkeypatch, capsys, runs):
-    """Exit status and the last line of stderr, without the price of starting Python."""
-    monkeypatch.setattr(sys, "argv", ["afa.py", *shlex.split(arguments), "--runs-dir", str(runs)])
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        runpy.run_path(str(ROOT / "afa.py"), run_name="__main__")
-        status = 0
-    except SystemExit as error:
-        status = error.code
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    return status, capsys.readouterr().err.strip()
-
-
-def weights(path):
-    return torch.load(path, weights_only=True)["net"]
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +47,7 @@ def trained(runs):
 
 @pytest.fixture(scope="module")
 def tiny(runs):
-    return finished(TINY, runs)[0]
+    return finished_in_process(TINY, runs)[0]
 
 
 def test_a_run_leaves_what_the_docs_promise(trained):
@@ -107,9 +73,9 @@ def test_it_learns_and_is_more_robust_than_an_undefended_network(trained, runs):
     events = EventAccumulator(str(run)).Reload()
     losses = [e.value for e in events.Scalars("losses/clean_ce")]
     assert losses[-1] < 0.5 * losses[0]
-    undefended, _ = finished("--train-size 2000 --val-size 100 --test-size 50 --epochs 4 --bn single --eps 0 "
-                             "--batch-size 64", runs)
-    again, _ = finished(f"--eval-only {undefended} --eps 4/255", runs)
+    undefended, _ = finished_in_process("--train-size 2000 --val-size 100 --test-size 50 --epochs 4 --bn single "
+                                        "--eps 0 --batch-size 64", runs)
+    again, _ = finished_in_process(f"--eval-only {undefended} --eps 4/255", runs)
     results = [json.loads(path.read_text()) for path in (run / "results.json", undefended / "eval.json")]
     assert again is None and results[0]["eps"] == results[1]["eps"] == 4 / 255
     afa_row, plain_row = (r["checkpoints"]["best"] for r in results)
@@ -119,13 +85,8 @@ def test_it_learns_and_is_more_robust_than_an_undefended_network(trained, runs):
 
 def test_tensorboard_has_the_documented_tags(trained):
     run, _ = trained
-    events = EventAccumulator(str(run), size_guidance={"images": 0}).Reload()
-    docs = (ROOT / "docs" / "afa.md").read_text()
-    tags = events.Tags()
-    for tag in tags["scalars"] + tags["images"] + tags["histograms"]:
-        parts = tag.split("/")
-        names = [f"`{tag}`", *(f"`{'/'.join(parts[:i])}/*`" for i in range(1, len(parts)))]
-        assert any(name in docs for name in names), tag
+    assert tag_mismatches(run, "afa.md") == []
+    events = EventAccumulator(str(run)).Reload()
     last_step = events.Scalars("val/clean_acc")[-1].step
     assert last_step == 5 * (2000 // 64) and len(events.Scalars("val/clean_acc")) == 5
     assert {e.step for e in events.Scalars("robustness_curve/model")} == {0, 1, 2, 3, 4, 6, 8, 32}
@@ -134,13 +95,13 @@ def test_tensorboard_has_the_documented_tags(trained):
 def test_same_seed_same_weights_another_seed_others(runs):
     """Of whole AFA runs the test of resuming says the same: it compares them with an uninterrupted one."""
     small = "--train-size 200 --val-size 20 --test-size 5 --width 4 --epochs 1 --bn single --attack-steps 1 --seed "
-    first, again, other = (weights(finished(small + seed, runs)[0] / "last.pt") for seed in "112")
+    first, again, other = (weights(finished_in_process(small + seed, runs)[0] / "last.pt") for seed in "112")
     assert same(first, again) and not same(first, other)
 
 
 def test_single_batchnorm_training_is_a_plain_pgd_loop_bit_for_bit(runs):
     """Against a loop written for this test, without validation: neither the frame nor validating changes training."""
-    run, _ = finished(TINY + " --bn single", runs)
+    run, _ = finished_in_process(TINY + " --bn single", runs)
     args = afa.load(run, name="last.pt")[1]
     d = data.load("digits", train_size=600, val_size=100)
     torch.manual_seed(1)
@@ -163,22 +124,6 @@ def test_single_batchnorm_training_is_a_plain_pgd_loop_bit_for_bit(runs):
     assert same(weights(run / "last.pt"), net.state_dict())
 
 
-def wait_for(run_parent, known, condition, process):
-    while process.poll() is None:
-        for run in set(run_parent.glob("*")) - known:
-            if condition(run):
-                return run
-        time.sleep(0.02)
-    pytest.fail(process.communicate()[0])
-
-
-def epochs_done(run):
-    try:
-        return torch.load(run / "last.pt", weights_only=True)["epoch"]
-    except FileNotFoundError:
-        return -1
-
-
 def test_killed_in_the_middle_of_an_epoch_it_resumes_to_the_same_bits(tiny, runs):
     for epoch in (1, 2):  # in the second epoch of stage 1, in stage 2
         known = set(runs.glob("*"))
@@ -187,7 +132,7 @@ def test_killed_in_the_middle_of_an_epoch_it_resumes_to_the_same_bits(tiny, runs
         time.sleep(0.05 * epoch)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert finished(f"--resume {run}", runs)[0] is None  # no folder of its own
+        assert finished_in_process(f"--resume {run}", runs)[0] is None  # no folder of its own
         assert same(weights(tiny / "last.pt"), weights(run / "last.pt"))
         assert same(weights(tiny / "best.pt"), weights(run / "best.pt"))
         first, second = (json.loads((r / "results.json").read_text()) for r in (tiny, run))
@@ -207,20 +152,20 @@ def test_ctrl_c_says_how_to_continue(runs):
     assert state["epoch"] >= 0 and not net.training
 
 
-def test_eval_only_repeats_the_results_and_writes_beside_them(tiny, runs, monkeypatch, capsys):
+def test_eval_only_repeats_the_results_and_writes_beside_them(tiny, runs, capsys):
     before = (tiny / "results.json").read_bytes()
-    assert in_process(f"--eval-only {tiny}", monkeypatch, capsys, runs) == (0, "")
+    assert in_process(f"--eval-only {tiny}", capsys, runs) == (0, "")
     again = json.loads((tiny / "eval.json").read_text())
     assert again["checkpoints"] == json.loads(before)["checkpoints"]
     assert (tiny / "results.json").read_bytes() == before
-    assert in_process(f"--eval-only {tiny / 'last.pt'} --test-size 20", monkeypatch, capsys, runs) == (0, "")
+    assert in_process(f"--eval-only {tiny / 'last.pt'} --test-size 20", capsys, runs) == (0, "")
     again = json.loads((tiny / "eval.json").read_text())
     assert list(again["checkpoints"]) == ["last"] and again["evaluated"] == 20
 
 
-def test_resuming_by_the_checkpoint_s_name_gives_whole_results(tiny, runs, monkeypatch, capsys):
+def test_resuming_by_the_checkpoint_s_name_gives_whole_results(tiny, runs, capsys):
     before = json.loads((tiny / "results.json").read_text())
-    assert in_process(f"--resume {tiny / 'last.pt'}", monkeypatch, capsys, runs) == (0, "")
+    assert in_process(f"--resume {tiny / 'last.pt'}", capsys, runs) == (0, "")
     assert json.loads((tiny / "results.json").read_text())["checkpoints"] == before["checkpoints"]
 
 
@@ -271,19 +216,19 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("arguments", REFUSED)
-def test_bad_input_is_refused_in_one_line_before_any_work(arguments, monkeypatch, capsys, tmp_path):
+def test_bad_input_is_refused_in_one_line_before_any_work(arguments, capsys, tmp_path):
     if arguments.startswith("--runs-dir"):
-        status, error = in_process("", monkeypatch, capsys, "/proc/none")
+        status, error = in_process("", capsys, "/proc/none")
     else:
-        status, error = in_process(arguments, monkeypatch, capsys, tmp_path)
+        status, error = in_process(arguments, capsys, tmp_path)
     assert status == 2 and error.startswith("error: ") and REFUSED[arguments] in error and "\n" not in error
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("arguments", [
     "--dataset mnist", "--eps many", "--eps nan", "--eps 1/0", "--unknown 1", "--gate wide", "--seed x"])
-def test_what_is_no_argument_at_all_is_refused_by_the_parser(arguments, monkeypatch, capsys, tmp_path):
-    status, error = in_process(arguments, monkeypatch, capsys, tmp_path)
+def test_what_is_no_argument_at_all_is_refused_by_the_parser(arguments, capsys, tmp_path):
+    status, error = in_process(arguments, capsys, tmp_path)
     assert status == 2 and "Traceback" not in error and arguments.split()[0] in error
 
 
@@ -293,11 +238,11 @@ def test_data_that_is_absent_is_one_line(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr("torchvision.datasets.cifar.CIFAR10.download", offline)
     arguments = f"--dataset cifar10 --data-dir {tmp_path / 'none'}"
-    status, error = in_process(arguments, monkeypatch, capsys, tmp_path / "runs")
+    status, error = in_process(arguments, capsys, tmp_path / "runs")
     assert status == 2 and "\n" not in error and "--data-dir" in error and "no network" in error
 
 
-def test_checkpoints_that_do_not_fit_are_refused(tiny, monkeypatch, capsys, tmp_path):
+def test_checkpoints_that_do_not_fit_are_refused(tiny, capsys, tmp_path):
     state = torch.load(tiny / "last.pt", weights_only=True)
     cases = {
         "script": ({**state, "script": "aalp"}, "it is of aalp.py"),
@@ -307,19 +252,19 @@ def test_checkpoints_that_do_not_fit_are_refused(tiny, monkeypatch, capsys, tmp_
     }
     for name, (content, message) in cases.items():
         torch.save(content, tmp_path / f"{name}.pt")
-        status, error = in_process(f"--eval-only {tmp_path / name}.pt", monkeypatch, capsys, tmp_path)
+        status, error = in_process(f"--eval-only {tmp_path / name}.pt", capsys, tmp_path)
         assert status == 2 and message in error and "\n" not in error, error
     truncated = tmp_path / "truncated.pt"
     truncated.write_bytes((tiny / "last.pt").read_bytes()[:5000])
     (tmp_path / "text.pt").write_text("no checkpoint")
     for path in (truncated, tmp_path / "text.pt"):
-        status, error = in_process(f"--eval-only {path}", monkeypatch, capsys, tmp_path)
+        status, error = in_process(f"--eval-only {path}", capsys, tmp_path)
         assert status == 2 and str(path) in error and "\n" not in error, error
 
 
-def test_resuming_with_other_arguments_is_refused(tiny, monkeypatch, capsys, runs):
+def test_resuming_with_other_arguments_is_refused(tiny, capsys, runs):
     for arguments in ("--seed 5", "--eps 4/255", "--epochs 9", "--arch preactresnet18"):
-        status, error = in_process(f"--resume {tiny} {arguments}", monkeypatch, capsys, runs)
+        status, error = in_process(f"--resume {tiny} {arguments}", capsys, runs)
         name = arguments.split()[0].lstrip("-")
         assert status == 2 and f"had another value of {name}" in error and "\n" not in error
 
@@ -335,23 +280,23 @@ def test_help_can_be_read(monkeypatch, capsys):
 
 @pytest.mark.parametrize("arguments", ["--gate layer --finetune all --bf16", "--norm l2 --eps 128/255 --harden 0",
                                        "--fusion 0.5 --milestones 1", "--harden 1"])
-def test_every_setting_of_the_method_runs(arguments, monkeypatch, capsys, tmp_path):
+def test_every_setting_of_the_method_runs(arguments, capsys, tmp_path):
     small = ("--train-size 64 --val-size 20 --test-size 5 --width 4 --epochs 2 --gate-epochs 1 --batch-size 32 "
              "--attack-steps 1 ")
-    assert in_process(small + arguments, monkeypatch, capsys, tmp_path) == (0, "")
+    assert in_process(small + arguments, capsys, tmp_path) == (0, "")
     (run,) = tmp_path.iterdir()
     assert json.loads((run / "results.json").read_text())["checkpoints"]["last"]["epoch"] in (2, 3)
 
 
-def test_runs_of_one_second_get_folders_of_their_own(runs, monkeypatch, capsys, tmp_path):
+def test_runs_of_one_second_get_folders_of_their_own(monkeypatch, capsys, tmp_path):
     ticks = itertools.count()
     monkeypatch.setattr(time, "time", lambda: 1e9 + next(ticks) / 1e6)
     small = "--train-size 30 --val-size 20 --test-size 5 --width 4 --epochs 1 --bn single --attack-steps 1"
     for _ in range(2):
-        assert in_process(small, monkeypatch, capsys, tmp_path)[0] == 0
+        assert in_process(small, capsys, tmp_path)[0] == 0
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_batch_larger_than_the_data_is_one_batch(monkeypatch, capsys, tmp_path):
+def test_a_batch_larger_than_the_data_is_one_batch(capsys, tmp_path):
     arguments = "--train-size 30 --val-size 20 --test-size 5 --width 4 --epochs 1 --bn single --batch-size 128"
-    assert in_process(arguments, monkeypatch, capsys, tmp_path)[0] == 0
+    assert in_process(arguments, capsys, tmp_path)[0] == 0

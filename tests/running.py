@@ -1,0 +1,112 @@
+"""Running the scripts as programs, for the tests of each of them. `script` is a file name such as "aalp.py"."""
+
+import contextlib
+import functools
+import io
+import os
+import re
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from common import data
+
+read_digits = functools.cache(data.read_digits)  # drawn once for all runs of a process
+
+
+def command(arguments, runs, script="afa.py"):
+    return [sys.executable, str(ROOT / script), *shlex.split(arguments), "--runs-dir", str(runs)]
+
+
+def start(arguments, runs, script="afa.py", **kwargs):
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # small networks: threads cost more than they bring
+    return subprocess.Popen(command(arguments, runs, script), env=environment, **pipes, **kwargs)
+
+
+def finished(arguments, runs, script="afa.py"):
+    """The folder that a run made, None when it continued another, and what it printed; it has to end well."""
+    before = set(runs.glob("*"))
+    process = start(arguments, runs, script)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    (run,) = set(runs.glob("*")) - before or [None]
+    return run, output
+
+
+def execute(arguments, runs, script):
+    """Exit status of the script in this process, without the price of starting Python."""
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(data.READERS, "digits", lambda data_dir: read_digits(None))
+        patch.setattr(sys, "argv", [script, *shlex.split(arguments), "--runs-dir", str(runs)])
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as error:
+            return error.code
+        finally:
+            signal.signal(signal.SIGINT, handler)
+    return 0
+
+
+def in_process(arguments, capsys, runs, script="afa.py"):
+    """Exit status and what was written to stderr, in this process."""
+    return execute(arguments, runs, script), capsys.readouterr().err.strip()
+
+
+def finished_in_process(arguments, runs, script="afa.py"):
+    """As `finished`, in this process. It needs no fixture of one test, so fixtures of a module can use it."""
+    before = set(runs.glob("*"))
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        status = execute(arguments, runs, script)
+    assert status == 0, output.getvalue()
+    (run,) = set(runs.glob("*")) - before or [None]
+    return run, output.getvalue()
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["net"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def wait_for(run_parent, known, condition, process):
+    """The new folder that fulfils the condition, as soon as it does."""
+    while process.poll() is None:
+        for run in set(run_parent.glob("*")) - known:
+            if condition(run):
+                return run
+        time.sleep(0.02)
+    pytest.fail(process.communicate()[0])
+
+
+def epochs_done(run):
+    try:
+        return torch.load(run / "last.pt", weights_only=True)["epoch"]
+    except FileNotFoundError:
+        return -1
+
+
+def tag_mismatches(run, document):
+    """What differs between a run's TensorBoard tags and the table of them in docs/`document`, as lines."""
+    events = EventAccumulator(str(run), size_guidance={"images": 0}).Reload()
+    tags = [tag for kind in ("scalars", "images", "histograms") for tag in events.Tags()[kind]]
+    rows = re.findall(r"^\| (`[^|]*) \|", (ROOT / "docs" / document).read_text().split("## Logged metrics")[1], re.M)
+    documented = [name for row in rows for name in re.findall(r"`([a-z_0-9]+/[^`]+)`", row)]
+    result = [f"{tag} is not in the docs" for tag in tags
+              if not any(tag == name or name.endswith("/*") and tag.startswith(name[:-1]) for name in documented)]
+    result += [f"{name} is not in the run" for name in documented
+               if not any(tag == name or name.endswith("/*") and tag.startswith(name[:-1]) for tag in tags)]
+    # TensorBoard gives a tag to the kind that is written first and does not show the other.
+    return result + [f"{tag} has two kinds" for tag in sorted({tag for tag in tags if tags.count(tag) > 1})]

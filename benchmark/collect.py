@@ -36,8 +36,12 @@ def setting(script, info):
     """The arguments of a run that differ from what its data set's preset gives, as flags: its name in tables."""
     module, args = importlib.import_module(script), info["args"]
     usual = {**vars(module.Args()), **module.PRESETS[args["dataset"]][args["preset"]]}
+    usual |= getattr(module, "METHODS", {}).get(args.get("method"), {})
     usual = json.loads(json.dumps(usual))  # as args.json has it: a tuple is a list
-    changed = {k: v for k, v in args.items() if k not in NOT_A_SETTING and v != usual[k]}
+    skipped = NOT_A_SETTING | set(info.get("preset", []))  # what a script says that it filled in by itself
+    changed = {k: v for k, v in args.items() if k not in skipped and v != usual[k]}
+    if changed.get("control_of"):  # the folder, and the weight that comes from it, are another with each seed
+        changed = {k: v for k, v in changed.items() if k not in ("method", "pairing_weight")} | {"control_of": "RUN"}
     shown = {k: f"{255 * v:g}/255" if k in ("eps", "step_size") else v for k, v in changed.items()}
     flags = [f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in shown.items()]
     return " ".join(([f"--preset {args['preset']}"] if args["preset"] != "fast" else []) + flags) or "default"
@@ -52,10 +56,11 @@ def rows(run):
     shared = {k: results[k] for k in ("script", "dataset", "seed")} | {"setting": setting(results["script"], info)}
     names = ("evaluated", "train_seconds", "images_per_second", "device", "python", "torch", "commit", "command")
     rest = {k: results[k] for k in names}
-    words = shlex.split(results["command"])  # without the folders of the machine that ran it
+    words = shlex.split(info["command"])  # that began the run, without the folders of the machine that ran it
     for flag in ("--runs-dir", "--data-dir"):
         while flag in words:
             del words[words.index(flag) : words.index(flag) + 2]
+    words = ["RUN" if before == "--control-of" else word for before, word in zip(["", *words], words)]
     rest["command"] = shlex.join(["python", Path(words[1]).name, *words[2:]])
     for name, row in results["checkpoints"].items():
         curve = {f"pgd20@{k}": v for k, v in results["robustness_curve"].items()} if name == "best" else {}
@@ -85,7 +90,7 @@ if __name__ == "__main__":
     for row in table:
         if row["checkpoint"] == args.checkpoint:
             groups[row["dataset"], row["setting"]].append(row)
-    shown = [c for c in ("clean", "fgsm", "pgd20", "pgd50_margin", "transfer", "worst") if c in columns]
+    shown = [c for c in ("worst", "clean", "fgsm", "pgd20", "pgd50_margin", "targeted", "transfer") if c in columns]
     print("| data set | setting | seeds | " + " | ".join(shown) + " |\n" + "|-" * (3 + len(shown)) + "|")
     for (dataset, name), group in groups.items():
         cells = []

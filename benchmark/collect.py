@@ -30,6 +30,7 @@ class Args:
     out: tyro.conf.Positional[Path]  # csv to write
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()  # folders of finished runs
     checkpoint: str = "best"  # checkpoint of the printed table: best or last
+    validation: bool = False  # accuracies of the best epoch on validation images: what a sweep may choose by
 
 
 def setting(script, info):
@@ -47,7 +48,7 @@ def setting(script, info):
     return " ".join(([f"--preset {args['preset']}"] if args["preset"] != "fast" else []) + flags) or "default"
 
 
-def rows(run):
+def rows(run, validation):
     try:
         info, results = (json.loads((run / name).read_text()) for name in ("args.json", "results.json"))
     except FileNotFoundError as error:
@@ -62,6 +63,11 @@ def rows(run):
             del words[words.index(flag) : words.index(flag) + 2]
     words = ["RUN" if before == "--control-of" else word for before, word in zip(["", *words], words)]
     rest["command"] = shlex.join(["python", Path(words[1]).name, *words[2:]])
+    if validation:
+        row = {k: results["method"][k] for k in ("val_clean", "val_robust")}
+        yield {**shared, "checkpoint": "best", "epoch": results["checkpoints"]["best"]["epoch"], **row,
+               "eps": round(255 * results["eps"], 6), **{k: v for k, v in rest.items() if k != "evaluated"}}
+        return
     for name, row in results["checkpoints"].items():
         curve = {f"pgd20@{k}": v for k, v in results["robustness_curve"].items()} if name == "best" else {}
         yield {**shared, "checkpoint": name, **row, **curve, "eps": round(255 * results["eps"], 6), **rest}
@@ -77,7 +83,7 @@ if __name__ == "__main__":
     if args.out.exists():
         with open(args.out, newline="") as f:
             known = {key(row): row for row in csv.DictReader(f)}
-    known |= {key(row): row for run in args.runs for row in rows(run)}
+    known |= {key(row): row for run in args.runs for row in rows(run, args.validation)}
     table = [known[k] for k in sorted(known)]
     if not table:
         raise UserError("no runs: name their folders")
@@ -90,7 +96,7 @@ if __name__ == "__main__":
     for row in table:
         if row["checkpoint"] == args.checkpoint:
             groups[row["dataset"], row["setting"]].append(row)
-    shown = [c for c in ("worst", "clean", "fgsm", "pgd20", "pgd50_margin", "targeted", "transfer") if c in columns]
+    shown = [c for c in ("val_clean", "val_robust", "worst", "clean", "fgsm", "pgd20", "pgd50_margin", "targeted", "transfer") if c in columns]
     print("| data set | setting | seeds | " + " | ".join(shown) + " |\n" + "|-" * (3 + len(shown)) + "|")
     for (dataset, name), group in groups.items():
         cells = []

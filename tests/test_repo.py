@@ -79,7 +79,8 @@ def commands():
 def test_every_command_in_the_documents_parses(script, arguments):
     module = importlib.import_module(script)
     # For the variables of the shell scripts.
-    samples = {"seed": "1", "dataset": "cifar10", "reduced": "--width 8", "run": "runs/digits__aalp__1__1700000000"}
+    samples = {"seed": "1", "dataset": "cifar10", "reduced": "--width 8", "run": "runs/digits__aalp__1__1700000000",
+               "base": "trades", "weight": "0.64"}
     words = shlex.split(re.sub(r"\$(\w+)", lambda m: samples[m[1]], arguments))
     tyro.cli(module.Args, args=words)
 

@@ -1,0 +1,606 @@
+"""VFD-Adv, Vanilla Feature Distillation: adversarial training whose features of an image and of its attacked version
+are also drawn to those of a vanilla network, which knows what predicts and nothing of robustness.
+
+Guodong Cao et al., "Vanilla Feature Distillation for Improving the Accuracy-Robustness Trade-Off in Adversarial
+Training", https://arxiv.org/abs/2206.02158
+
+    python vfd_adv.py                                       # embedded data, a few minutes on two CPU cores
+    python vfd_adv.py --dataset cifar10 --bf16 --compile    # PreActResNet-18, 30 epochs, on a GPU
+
+RESULTS
+"""
+
+import hashlib
+import json
+import math
+import signal
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from common import data
+from common.pgd import attack_metrics, kl, pgd, survivors
+
+SCRIPT = Path(__file__).stem
+
+
+@dataclass
+class Args:
+    # --- Run
+    dataset: Literal["digits", "cifar10", "cifar100", "svhn", "tiny-imagenet"] = "digits"  # digits is embedded
+    preset: Literal["fast", "paper"] = "fast"  # 30 epochs, one cycle; or the literature's length, in steps
+    data_dir: str = "data"  # folder of the data sets in their standard layout; downloads go there
+    runs_dir: str = "runs"  # folder of the runs' folders: tensorboard --logdir runs
+    seed: int = 1  # seed of everything random
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    bf16: bool = False  # train, and attack in training, under bfloat16 autocast; evaluation is float32
+    compile: bool = False  # torch.compile the network: some minutes of compiling, then faster on a GPU
+    resume: str | None = None  # continue the run in this folder, with its own arguments
+    eval_only: str | None = None  # evaluate the run in this folder, or one .pt file; writes eval.json beside it
+    # --- Data
+    train_size: int | None = None  # training images, the first so many of a fixed permutation (None: all)
+    val_size: int = 1000  # validation images, held out of the training split
+    test_size: int | None = None  # test images (None: all)
+    # --- Optimisation
+    arch: Literal["preactresnet18", "wrn-34-10", "preactresnet8"] | None = None  # network
+    width: int | None = None  # channels of the first stage (None: 64, 160 and 16, in the order above)
+    epochs: int | None = None  # passes over the training images
+    batch_size: int = 128  # images a step
+    lr: float | None = None  # peak learning rate of SGD with Nesterov momentum 0.9
+    milestones: tuple[int, ...] | None = None  # epochs after which lr is divided by 10; none: one cycle
+    weight_decay: float = 5e-4  # L2 penalty on all weights
+    # --- Threat model
+    eps: data.Pixels = 8 / 255  # radius of the attacks. 0: undefended network
+    step_size: data.Pixels | None = None  # step of the training attack (None: 2.5 eps / steps: 2/255 for 10 steps)
+    attack_steps: int | None = None  # steps K of the training attack, each one more pass of the network
+    norm: Literal["linf", "l2"] = "linf"  # norm that eps bounds
+    eps_warmup_epochs: float | None = None  # epochs over which the training eps rises from 0
+    # --- Method
+    base: Literal["at", "trades", "mart"] = "at"  # adversarial training that the distillation is added to
+    beta: float | None = None  # weight of the KL term of trades and mart (None: 6 and 5)
+    lambda_adv: float | None = None  # weight of d(S(x'), T(x)) (None: a share of D/K, see the docs; printed)
+    lambda_nat: float | None = None  # weight of d(S(x), T(x)) (None: likewise). Both 0: the plain base, no teacher
+    distance: Literal["mse", "cosine", "normalized-mse"] = "mse"  # d; mse is a mean over batch and dimensions
+    distill: Literal["features", "logits"] = "features"  # what is paired: input or output of the last layer
+    clean_pass: Literal["auto", "frozen", "update"] = "auto"  # at's extra clean pass. auto: where lambda_nat needs one
+    teacher: str | None = None  # a run's folder or .pt file with a plain network (None: train one, or reuse it)
+    teacher_arch: Literal["preactresnet18", "wrn-34-10", "preactresnet8"] | None = None  # (None: as --arch)
+    teacher_width: int | None = None  # channels of its first stage (None: as --width, or its own architecture's)
+    teacher_epochs: int | None = None  # passes over the training images, plain cross-entropy, one cycle
+
+
+# An argument left at None takes its value here.
+FAST = dict(arch="preactresnet18", attack_steps=10, lr=0.1, eps_warmup_epochs=0.0, epochs=30, milestones=(),
+            teacher_epochs=30)
+PAPER = {**FAST, "epochs": 110, "milestones": (100, 105), "teacher_epochs": 100}
+DIGITS = {**FAST, "arch": "preactresnet8", "attack_steps": 5, "eps_warmup_epochs": 3.0, "epochs": 8,
+          "teacher_epochs": 6, "test_size": 500}
+PRESETS = {
+    "digits": {"fast": DIGITS, "paper": DIGITS},
+    "cifar10": {"fast": FAST, "paper": PAPER},
+    "cifar100": {"fast": FAST, "paper": PAPER},
+    "svhn": {"fast": {**FAST, "lr": 0.05, "eps_warmup_epochs": 5.0},  # at full eps from the start it predicts one class
+             "paper": {**PAPER, "lr": 0.01}},
+    "tiny-imagenet": {"fast": FAST, "paper": PAPER},
+}
+BETA = {"at": 0.0, "trades": 6.0, "mart": 5.0}
+LAMBDA = 0.1  # both lambdas, in units of lambda_0  [D2]
+
+
+# --- Network
+
+ARCHS = {  # base width; channels of stem and stages in multiples of it; blocks per stage; strides of stem and stages
+    "preactresnet18": (64, 1.0, (1, 2, 4, 8), 2, (1, 1, 2, 2, 2)),  # He et al. 2016, arXiv 1603.05027
+    "wrn-34-10": (160, 0.1, (1, 2, 4), 5, (1, 1, 2, 2)),  # Zagoruyko & Komodakis 2016, arXiv 1605.07146
+    "preactresnet8": (16, 1.0, (1, 2, 4), 1, (2, 1, 2, 2)),  # small and fast, for the embedded data
+}
+
+
+class PreActBlock(nn.Module):
+    """Pre-activation residual block. `extra`: further inputs of the normalisation layers (plain BatchNorm has none)."""
+
+    def __init__(self, in_channels, channels, stride, norm):
+        super().__init__()
+        self.bn1, self.bn2 = norm(in_channels), norm(channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        same_shape = in_channels == channels and stride == 1
+        self.shortcut = None if same_shape else nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+
+    def forward(self, x, *extra):
+        out = F.relu(self.bn1(x, *extra))
+        shortcut = x if self.shortcut is None else self.shortcut(out)
+        out = F.relu(self.bn2(self.conv1(out), *extra))
+        return self.conv2(out) + shortcut
+
+
+class PreActResNet(nn.Module):
+    """Images (N, 3, H, W) in [0, 1] to logits (N, classes). `norm` makes a normalisation layer for so many channels."""
+
+    def __init__(self, arch, width, classes, norm=nn.BatchNorm2d):
+        super().__init__()
+        base, stem, stages, blocks, strides = ARCHS[arch]
+        width = width or base
+        channels = max(round(stem * width), 1)
+        self.conv = nn.Conv2d(3, channels, 3, strides[0], 1, bias=False)
+        self.blocks = nn.ModuleList()
+        for multiple, stride in zip(stages, strides[1:]):
+            for i in range(blocks):
+                self.blocks.append(PreActBlock(channels, multiple * width, stride if i == 0 else 1, norm))
+                channels = multiple * width
+        self.bn = norm(channels)
+        self.fc = nn.Linear(channels, classes)
+
+    def maps(self, x, *extra):
+        """Feature maps (N, channels, h, w) of the last convolution, after BatchNorm and ReLU."""
+        out = self.conv((x - 0.5) / 0.25)  # normalisation is inside the network, so that eps always means pixels
+        for block in self.blocks:
+            out = block(out, *extra)
+        return F.relu(self.bn(out, *extra))
+
+    def features(self, x, *extra):
+        """Pooled features (N, channels), input of the last layer."""
+        return self.maps(x, *extra).mean((2, 3))
+
+    def forward(self, x, return_features=False):
+        features = self.features(x)
+        logits = self.fc(features)
+        return (logits, features) if return_features else logits
+
+
+# --- Method
+# paper        here                    meaning
+# x, x'        x, x_adv                an image, and its PGD example
+# S, T         net, teacher            the network trained; the vanilla network, frozen, in eval mode
+# phi          features                pooled features, input of the last linear layer: (N, d) of S, (N, D) of T
+# z, z'        z, z_adv                logits (N, K) of S for x and x'
+# P            projection              linear map from d to D where they differ, otherwise the identity
+# beta         args.beta               weight of the base's own regulariser
+# lambda       args.lambda_adv, _nat   weights of the two pairs
+# D1, D2, ...  docs/vfd_adv.md         our decisions where the abstract leaves the choice open
+
+
+def base_loss(z, z_adv, y, args):
+    """Loss of the base on logits (N, K), and its terms unweighted; `at` does not look at z.
+
+    at: CE(z', y) (Madry et al. 2018). trades: CE(z, y) + beta mean_i KL(p_i || p'_i) (Zhang et al. 2019).
+    mart: BCE(z', y) + beta mean_i [KL(p_i || p'_i) (1 - p_i[y_i])], where BCE adds to the cross-entropy a term
+    -log(1 - max_{k != y} p'[k]), with the constants of its authors' code (Wang et al. 2020).
+    """
+    if args.base == "at":
+        terms = {"robust_ce": F.cross_entropy(z_adv, y)}
+        return terms["robust_ce"], terms
+    if args.base == "trades":
+        terms = {"clean_ce": F.cross_entropy(z, y), "kl": kl(z_adv, z).mean()}  # a gradient into both branches
+        return terms["clean_ce"] + args.beta * terms["kl"], terms
+    wrong = z_adv.softmax(1).scatter(1, y[:, None], 0).amax(1)
+    unsure = 1 - z.softmax(1).gather(1, y[:, None]).squeeze(1)
+    terms = {"boosted_ce": F.cross_entropy(z_adv, y) - (1.0001 - wrong + 1e-12).log().mean(),
+             "weighted_kl": (kl(z_adv, z) * unsure).mean()}
+    return terms["boosted_ce"] + args.beta * terms["weighted_kl"], terms
+
+
+def pair_distance(s, t, kind):
+    """d(s, t) of two batches (N, D), one number, without a gradient into t.  [D1]
+
+    mse: mean over batch and dimensions. normalized-mse: that over the variance of t in the batch, so that a constant
+    reaches 1. cosine: 1 - cos, mean over the batch.
+    """
+    t = t.detach()
+    if kind == "cosine":
+        return 1 - F.cosine_similarity(s, t).mean()
+    mse = (s - t).square().mean()
+    return mse if kind == "mse" else mse / (t - t.mean(0)).square().mean().clamp_min(1e-12)
+
+
+def vfd_loss(s, s_adv, t, args):
+    """L_VFD = lambda_adv d(s', t) + lambda_nat d(s, t), of phi or logits (N, D) of S(x'), S(x), T(x); unweighted terms.
+
+    A pair of weight 0 is not looked at.
+    """
+    pairs = {"distance_adv": (args.lambda_adv, s_adv), "distance_nat": (args.lambda_nat, s)}
+    terms = {k: pair_distance(v, t, args.distance) for k, (weight, v) in pairs.items() if weight}
+    return sum(pairs[k][0] * d for k, d in terms.items()), terms
+
+
+def track_statistics(net, on):
+    """Do passes in training mode move BatchNorm's running statistics? They normalise by the batch either way.  [D5]"""
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.track_running_stats = on
+
+
+def vanilla_teacher(args, d):
+    """Path of the vanilla network that the arguments ask for; it is trained now if it is not in the cache.  [D3]"""
+    arch = args.teacher_arch or args.arch
+    width = args.teacher_width or (args.width if arch == args.arch else None) or ARCHS[arch][0]
+    own = dict(dataset=args.dataset, arch=arch, width=width, seed=args.seed, epochs=args.teacher_epochs, lr=args.lr,
+               batch_size=args.batch_size, weight_decay=args.weight_decay, bf16=args.bf16)
+    name = hashlib.sha256(json.dumps(own).encode())  # all that makes another teacher: a stale one is never found
+    for part in d.train:
+        name.update(part.cpu().numpy())
+    path = Path(args.runs_dir, "teachers", f"{d.name}__{arch}__{width}__{args.seed}__{name.hexdigest()[:12]}.pt")
+    if path.exists():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise data.UserError(f"--runs-dir {args.runs_dir} cannot be used: {error}") from None
+    print(f"training the teacher, a vanilla {arch} of width {width}, once for all runs like this one", flush=True)
+    seed = 500_000 + args.seed  # with the student's seed, it would start from the student's weights
+    torch.manual_seed(seed)
+    teacher = PreActResNet(arch, width, len(d.classes)).to(d.train.x.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(teacher.parameters(), args.lr, momentum=0.9, nesterov=True, fused=True,
+                                weight_decay=args.weight_decay)
+    steps = data.steps_per_epoch(len(d.train.y), args.batch_size)
+    for epoch in range(args.teacher_epochs):  # one cycle, as below
+        for i, (x, y) in enumerate(data.batches(d.train, args.batch_size, seed=seed, epoch=epoch, **d.augment)):
+            t = (epoch + (i + 0.5) / steps) / args.teacher_epochs
+            optimizer.param_groups[0]["lr"] = min(t / 0.3, (1 - t) / 0.7) * args.lr
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
+                loss = F.cross_entropy(teacher(x).float(), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        print(f"teacher, epoch {epoch + 1}/{args.teacher_epochs}: last loss {(last := loss.item()):.3f}", flush=True)
+        if not math.isfinite(last):
+            raise data.UserError(f"the teacher's loss is not finite: try a lower --lr than {args.lr:g}")
+    data.save(path, dict(script="teacher", args=own, classes=len(d.classes), net=teacher.state_dict()))
+    return path
+
+
+def load_teacher(path, args, classes, device):
+    """(T, state): a teacher, or a run of any script with a plain PreActResNet, frozen and in eval mode."""
+    path = Path(path, "best.pt") if Path(path).is_dir() else Path(path)
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        own = {k: state["args"][k] for k in ("dataset", "arch", "width")}
+        if (own["dataset"], state["classes"]) != (args.dataset, classes):
+            raise ValueError(f"it is of {own['dataset']} with {state['classes']} classes")
+        teacher = PreActResNet(own["arch"], own["width"], classes)
+        teacher.load_state_dict(state["net"])
+    except Exception as error:  # whatever a damaged file or another architecture leads to
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise data.UserError(f"{path} cannot be the teacher of a run on {args.dataset} with {classes} classes "
+                             f"({reason})") from None
+    state = dict(script="teacher", args=own, classes=classes, net=state["net"])
+    return teacher.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), state
+
+
+def compare(net, projection, teacher, x, x_adv, args):
+    """How far S's outputs for x and for x' are from T's for x, in eval mode, as numbers.  [D6]
+
+    distance: the normalised squared error. cka: linear CKA, 1 for the same up to rotation and scale (Kornblith et al.
+    2019, arXiv 1905.00414).
+    """
+    result, which = {}, args.distill == "features"  # the network returns (logits, features)
+    with torch.no_grad():
+        t = teacher(x, return_features=True)[which]
+        for kind, images in (("clean", x), ("adv", x_adv)):
+            s = net(images, return_features=True)[which]
+            a, b = s - s.mean(0), t - t.mean(0)
+            cka = (a.T @ b).square().sum() / ((a.T @ a).norm() * (b.T @ b).norm()).clamp_min(1e-12)
+            result[f"cka_{kind}"] = cka.item()
+            if (s := projection(s)).shape == t.shape:  # without a loss nothing trains a projection, and there is none
+                result[f"distance_{kind}"] = pair_distance(s, t, "normalized-mse").item()
+    return result
+
+
+def usefulness(features, features_adv, y, classes):
+    """Each feature's correlation with the label, (d,) on clean and on adversarial inputs.  [D7]
+
+    On clean inputs max_k |corr(f_j, 1[y = k])|; on adversarial ones the correlation with that same class, with the
+    sign that makes the clean one positive. Negative: the attack has turned the feature against its class. The
+    usefulness of Ilyas et al. 2019 (arXiv 1905.02175), for more than two classes.
+    """
+    label = F.one_hot(y, classes).double()
+    label = F.normalize(label - label.mean(0), dim=0)
+    clean, adv = (F.normalize(f.double() - f.double().mean(0), dim=0).T @ label for f in (features, features_adv))
+    k = clean.abs().argmax(1, keepdim=True)
+    clean, adv = clean.gather(1, k).squeeze(1), adv.gather(1, k).squeeze(1)
+    return {"clean": clean.abs().tolist(), "adv": (adv * clean.sign()).tolist()}
+
+
+def build(args, classes):
+    """The network, untrained: `load` fills it from a checkpoint."""
+    return PreActResNet(args.arch, args.width, classes)
+
+
+# --- Evaluation
+
+ATTACKS = {  # columns of the final table, as settings of survivors()
+    "fgsm": dict(steps=1, relative_step=1.0, random_start=False),
+    "pgd20": dict(steps=20),
+    "pgd50_margin": dict(steps=50, loss="margin", restarts=5),  # robustness to cross-entropy alone is no evidence
+    "targeted": dict(steps=20, targets=9),  # towards each of the nine likeliest wrong classes
+}
+
+
+def evaluate(net, x, y, eps, norm, others=()):
+    """Accuracies of the final table, from counts over all of x. First `worst`, their per-example minimum.
+
+    `others` are models to transfer from: the column `transfer` is PGD-20 with both losses on each of them.
+    """
+    clean = survivors(net, x, y, eps=0, steps=0)
+    attack = partial(survivors, net, x, y, clean, eps=eps, norm=norm)
+    alive = {"clean": clean, **{name: attack(**settings) for name, settings in ATTACKS.items()}}
+    if others:
+        masks = [attack(steps=20, loss=loss, source=other) for other in others for loss in ("ce", "margin")]
+        alive["transfer"] = torch.stack(masks).all(0)
+    alive = {"worst": torch.stack([*alive.values()]).all(0), **alive}
+    return {name: mask.sum().item() / len(y) for name, mask in alive.items()}
+
+
+def measure(net, projection, teacher, x, y, eps, args):
+    """Accuracy against the strength of the attack; usefulness of the features and distances to T on test images."""
+    clean = survivors(net, x, y, eps=0, steps=0)
+    grid = [eps * f for f in (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 3 / 2, 2, 8)]  # of 255: 0 1 2 4 6 8 12 16 64
+    left = {e: survivors(net, x, y, clean, eps=e, steps=20, norm=args.norm).sum().item() for e in grid}
+    curve = {f"{255 * e:.4g}": count / len(y) for e, count in left.items()}
+    result = {"curves": {"model": curve}, "usefulness": {}}
+    if teacher is not None:
+        result["teacher"] = {"test_clean": survivors(teacher, x, y, eps=0, steps=0).sum().item() / len(y)}
+    x, y = x[:1000], y[:1000]
+    for name, model in [("teacher", teacher)] * (teacher is not None) + [("student", net)]:  # x_adv is S's at the end
+        x_adv = torch.cat([pgd(model, *part, eps=eps, step_size=eps / 4, steps=10, norm=args.norm, random_start=False)
+                           for part in zip(x.split(250), y.split(250))])
+        with torch.no_grad():
+            features = [torch.cat([model.features(part) for part in v.split(250)]) for v in (x, x_adv)]
+        result["usefulness"][name] = usefulness(*features, y, model.fc.out_features)
+    if teacher is not None:
+        result["distance"] = compare(net, projection, teacher, x[:256], x_adv[:256], args)
+    return result
+
+
+def load(run, device="cpu", name="best.pt"):
+    """(net, args, state) of the checkpoint `name` in a run's folder, or of a .pt file; net in eval mode."""
+    path = Path(run, name) if Path(run).is_dir() else Path(run)
+    if not path.is_file():
+        raise data.UserError(f"there is no checkpoint {path}: name a run's folder or a .pt file (best.pt comes with "
+                             "the last stage, last.pt is there from the start)")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        if state["script"] != SCRIPT:
+            raise ValueError(f"it is of {state['script']}.py")
+        args = Args(**state["args"])
+        net = build(args, state["classes"])
+        net.load_state_dict(state["net"])
+    except Exception as error:  # whatever a damaged file or another architecture leads to
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise data.UserError(f"{path} is not a checkpoint that {SCRIPT}.py can use ({reason})") from None
+    return net.to(device, memory_format=torch.channels_last).eval(), args, state
+
+
+if __name__ == "__main__":
+    # Arguments. A run that is continued or evaluated brings its own.
+    args = tyro.cli(Args, description=__doc__)
+    run = args.resume or args.eval_only
+    if args.resume and args.eval_only:
+        raise data.UserError("--resume continues a run, --eval-only evaluates one: choose")
+    if run:
+        net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
+        args = tyro.cli(Args, description=__doc__, default=own)
+        free = ["resume", "eval_only", "device", "data_dir", "runs_dir", "compile"]
+        free += ["eps", "norm", "test_size"] if args.eval_only else []
+        if changed := [k for k, v in asdict(own).items() if k not in free and getattr(args, k) != v]:
+            raise data.UserError(f"{run} had another value of {', '.join(changed)}: leave it out")
+    preset = {**PRESETS[args.dataset][args.preset], "beta": BETA[args.base]}
+    preset = {k: v for k, v in preset.items() if getattr(args, k) is None}
+    args = replace(args, **preset)
+    data.check(args, beta=(0, math.inf), lambda_adv=(0, math.inf), lambda_nat=(0, math.inf),
+               teacher_width=(1, math.inf), teacher_epochs=(1, math.inf))
+    if args.base != "at" and args.clean_pass != "auto":
+        raise data.UserError(f"--clean-pass is for --base at: {args.base} has a clean pass of its own")
+
+    def interrupted(*_):
+        after = f"to continue after the last finished epoch: python {SCRIPT}.py --resume {run_dir}"
+        print("\ninterrupted; " + (after if run_dir else "there is nothing to continue yet: start it again"))
+        raise SystemExit(130)
+
+    run_dir = (Path(run) if Path(run).is_dir() else Path(run).parent) if run else None
+    signal.signal(signal.SIGINT, interrupted)
+
+    # Data, teacher, network, optimiser.
+    device = data.device(args.device)
+    d = data.load(args.dataset, args.data_dir, device, args.train_size, args.val_size, args.test_size)
+    x_val, y_val, x_test, y_test = data.to_float(d.val.x), d.val.y, data.to_float(d.test.x), d.test.y
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
+    torch.backends.cudnn.benchmark = True
+    teacher, projection = None, nn.Identity()
+    if args.teacher or args.lambda_adv != 0 or args.lambda_nat != 0:  # None is not 0 yet
+        path = run_dir / "teacher.pt" if run else args.teacher or vanilla_teacher(args, d)
+        teacher, teacher_state = load_teacher(path, args, len(d.classes), device)
+        teacher_val = survivors(teacher, x_val, y_val, eps=0, steps=0).float().mean().item()
+        print(f"teacher {path}: clean accuracy {teacher_val:.3f} on validation images", flush=True)
+        # lambda_0: a mean over D features then weighs as much per coordinate as one over K logits.  [D2]
+        unit = teacher.fc.in_features / len(d.classes) if (args.distance, args.distill) == ("mse", "features") else 1.0
+        missing = {k: round(LAMBDA * unit, 6) for k in ("lambda_adv", "lambda_nat") if getattr(args, k) is None}
+        args, preset = replace(args, **missing), preset | missing
+    distilling = args.lambda_adv > 0 or args.lambda_nat > 0
+    torch.manual_seed(args.seed)  # after the teacher: whether it was trained now or earlier makes no difference
+    net = (net if run else build(args, len(d.classes))).to(device, memory_format=torch.channels_last)
+    if distilling and args.distill == "features" and net.fc.in_features != teacher.fc.in_features:
+        projection = nn.Linear(net.fc.in_features, teacher.fc.in_features).to(device)  # no part of the tested network
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # modes, ends, precisions: beyond the limit it goes eager, silently
+        net.compile()
+    optimizer = torch.optim.SGD([*net.parameters(), *projection.parameters()], args.lr, momentum=0.9,
+                                nesterov=True, fused=True, weight_decay=args.weight_decay)
+    x_seen, y_seen = data.to_float(d.train.x[:256]), d.train.y[:256]  # where training is watched  [D6]
+    steps = data.steps_per_epoch(len(d.train.y), args.batch_size)
+    clean_pass = args.base != "at" or args.lambda_nat > 0 or args.clean_pass != "auto"
+    eps_test = args.eps or 8 / 255  # an undefended network is tested like the others
+
+    # The run's folder.
+    progress = dict(epoch=0, best=-1.0, train_seconds=0.0, history={})
+    if run:
+        progress = {k: state[k] for k in progress}
+        optimizer.load_state_dict(state["optimizer"])
+        projection.load_state_dict(state["projection"])
+    else:
+        run_dir = data.new_folder(args.runs_dir, f"{d.name}__{SCRIPT}__{args.seed}__{int(time.time())}")
+        if teacher is not None:
+            data.save(run_dir / "teacher.pt", teacher_state)  # resuming needs it, and the cache may be emptied
+
+    def checkpoint(name):
+        data.save(run_dir / name, dict(script=SCRIPT, args=asdict(args), classes=len(d.classes), net=net.state_dict(),
+                                       optimizer=optimizer.state_dict(), projection=projection.state_dict(),
+                                       **progress))
+
+    info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, **data.environment(device))
+    writer = None if args.eval_only else SummaryWriter(run_dir, purge_step=progress["epoch"] * steps + 1)
+    if not run:
+        data.save(run_dir / "args.json", {**info, "args": asdict(args), "preset": [*preset]})  # what was left out
+        table = "\n".join(f"|{k}|{v}|" for k, v in {**info, **asdict(args)}.items())
+        writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + table)
+        checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
+    print(f"{run_dir}: {sum(p.numel() for p in net.parameters()):,} parameters, {info['device']}, images to train, "
+          f"validate and test: {len(d.train.y)}, {len(y_val)}, {len(y_test)}; preset: "
+          + ", ".join(f"{k} {v}" for k, v in preset.items()), flush=True)
+
+    # Training.
+    bar = tqdm(total=args.epochs * steps, initial=progress["epoch"] * steps, disable=not sys.stderr.isatty())
+    for epoch in range(progress["epoch"], 0 if args.eval_only else args.epochs):
+        started, sums = time.time(), defaultdict(float)
+        generator = torch.Generator(device).manual_seed(2_000_003 * args.seed + epoch)  # chance is (seed, epoch)'s
+        for i, (x, y) in enumerate(data.batches(d.train, args.batch_size, seed=args.seed, epoch=epoch, **d.augment)):
+            t = epoch + (i + 0.5) / steps  # epochs, at the middle of the step
+            if args.milestones:
+                factor = 0.1 ** sum(t >= m for m in args.milestones)
+            else:  # one cycle: up for 30 % of the steps, then down to 0
+                factor = min(t / args.epochs / 0.3, (1 - t / args.epochs) / 0.7)
+            for group in optimizer.param_groups:
+                group["lr"] = factor * args.lr
+            net.eval()  # the attack sees the running statistics, as at test time, and moves none of them
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                rise = min(1.0, t / args.eps_warmup_epochs) if args.eps_warmup_epochs else 1.0
+                step_size = args.step_size or 2.5 * args.eps / args.attack_steps
+                target = y
+                if args.base == "trades":  # its attack moves the prediction away from that for x
+                    with torch.no_grad():
+                        target = net(x).float()
+                # The base's own attack: the teacher plays no part in it.  [D4]
+                x_adv = pgd(net, x, target, eps=rise * args.eps, step_size=rise * step_size,
+                            steps=args.attack_steps if args.eps else 0, norm=args.norm,
+                            loss="kl" if args.base == "trades" else "ce", generator=generator)
+                net.train()
+                # Two passes, the clean one first, as in the code of the authors of TRADES and MART. There both move
+                # the running statistics. AT has no clean pass of its own: one that is added must not, or statistics
+                # alone cost robustness, and the loss on it gets the blame.  [D5]
+                outputs = [(None, None)]
+                if clean_pass:
+                    track_statistics(net, args.base != "at" or args.clean_pass == "update")
+                    outputs = [net(x, return_features=True)]
+                    track_statistics(net, True)
+                outputs.append(net(x_adv, return_features=True))
+                z, z_adv = (v if v is None else v.float() for v, _ in outputs)
+                loss, terms = base_loss(z, z_adv, y, args)
+                if distilling:
+                    which = args.distill == "features"  # of (logits, features)
+                    with torch.no_grad():
+                        wanted = teacher(x, return_features=True)[which].float()
+                    paired = (v[which] if v[which] is None else projection(v[which]).float() for v in outputs)
+                    extra, distances = vfd_loss(*paired, wanted, args)
+                    loss, terms = loss + extra, terms | distances
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            for k, v in terms.items():  # the sums stay on the device: to read one here would stall it
+                sums[f"losses/{k}"] += v.detach() / steps
+            for k, v in (("clean", z), ("robust", z_adv)):
+                if v is not None:
+                    sums[f"train/{k}_acc"] += (v.argmax(1) == y).float().mean() / steps
+            bar.update()
+        scalars = {k: v.item() for k, v in sums.items()}
+        if not all(math.isfinite(v) for v in scalars.values()):
+            raise data.UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {args.lr:g}")
+        seconds = time.time() - started
+
+        # Validation, and the distances to the teacher on images of the training split.
+        net.eval()
+        clean = survivors(net, x_val, y_val, eps=0, steps=0)
+        robust = survivors(net, x_val, y_val, clean, eps=eps_test, steps=10, norm=args.norm)
+        val = {k: mask.sum().item() / len(mask) for k, mask in (("clean_acc", clean), ("robust_acc", robust))}
+        score = val["robust_acc" if args.eps else "clean_acc"]
+        seen = {}
+        if teacher is not None:
+            x_adv = pgd(net, x_seen, y_seen, eps=eps_test, step_size=eps_test / 4, steps=10, norm=args.norm,
+                        random_start=False)
+            seen = compare(net, projection, teacher, x_seen, x_adv, args)
+        for k, v in (seen | {"val_clean": val["clean_acc"], "val_robust": val["robust_acc"]}).items():
+            progress["history"].setdefault(k, []).append(v)
+        x_few, y_few, step = x_val[:256], y_val[:256], (epoch + 1) * steps
+        x_adv = pgd(net, x_few, y_few, eps=eps_test, step_size=eps_test / 4, steps=10, norm=args.norm,
+                    random_start=False)
+        speed = steps * min(args.batch_size, len(d.train.y)) / seconds
+        scalars |= {"charts/learning_rate": factor * args.lr,
+                    "charts/images_per_second": speed, "charts/epoch_seconds": time.time() - started}
+        scalars |= {f"val/{k}": v for k, v in val.items()}
+        scalars |= {f"attack/{k}": v for k, v in attack_metrics(net, x_few, y_few, x_adv).items()}
+        scalars |= {f"vfd/{k}": v for k, v in seen.items()}
+        for tag, value in scalars.items():
+            writer.add_scalar(tag, value, step)
+        rows = torch.cat([x_few[:8], x_adv[:8], (0.5 + 10 * (x_adv - x_few)[:8]).clamp(0, 1)])
+        writer.add_image("attack/clean_adversarial_10x", torchvision.utils.make_grid(rows, nrow=len(x_few[:8])), step)
+        writer.flush()
+        progress.update(epoch=epoch + 1, train_seconds=progress["train_seconds"] + seconds)
+        if score > progress["best"]:
+            progress["best"] = score
+            checkpoint("best.pt")
+        checkpoint("last.pt")  # last of all: a run that dies before it repeats the epoch, and finds everything in place
+        shown = ", ".join(f"{k} {v:.3f}" for k, v in scalars.items() if k.startswith(("losses", "val")))
+        bar.write(f"epoch {epoch + 1}/{args.epochs}: {shown}, {speed:.0f} images/s")
+    bar.close()
+
+    # Final evaluation: the test split, for the first and only time.
+    torch.set_float32_matmul_precision("highest")  # in full float32, on a GPU too
+    torch.backends.cudnn.allow_tf32 = False
+    print(f"testing on {len(y_test)} images at eps {255 * eps_test:g}/255 ...", flush=True)
+    one = args.eval_only and not Path(run).is_dir()
+    table, others = {}, [] if teacher is None else [teacher]
+    for path in [Path(run)] if one else [run_dir / "best.pt", run_dir / "last.pt"]:
+        state = load(path, device)[2]
+        net.load_state_dict(state["net"])
+        if not table:
+            projection.load_state_dict(state["projection"])
+            method = measure(net, projection, teacher, x_test, y_test, eps_test, args)
+        same = [row for row in table.values() if row["epoch"] == state["epoch"]]  # the best epoch may be the last
+        table[path.stem] = same[0] if same else {
+            "epoch": state["epoch"], **evaluate(net, x_test, y_test, eps_test, args.norm, others)}
+    progress = {k: state[k] for k in progress}  # of the last checkpoint: with --eval-only too
+    images = progress["epoch"] * steps * min(args.batch_size, len(d.train.y))
+    history, curve = progress["history"], method["curves"]["model"]
+    epoch = next(iter(table.values()))["epoch"]  # of the best checkpoint: a sweep chooses by its validation accuracy
+    method |= {"history": history, **{k: v[epoch - 1] for k, v in history.items() if epoch and k.startswith("val_")}}
+    summary = {f"{k}'s use": [sum(v) / len(v) for v in row.values()] for k, row in method["usefulness"].items()}
+    if teacher is not None:
+        method["teacher"] |= {**teacher_state["args"], "val_clean": teacher_val}
+        summary |= {k: [v, method["distance"][k[:-5] + "adv"]] for k, v in method["distance"].items() if "clean" in k}
+    data.save(run_dir / ("eval.json" if args.eval_only else "results.json"), {
+        **info, "eps": eps_test, "evaluated": len(y_test), "train_seconds": progress["train_seconds"],
+        "images_per_second": images / max(progress["train_seconds"], 1e-9), "checkpoints": table,
+        "robustness_curve": curve, "method": method})
+    lines = [("checkpoint", *table[path.stem]), *((name, *row.values()) for name, row in table.items()), (),
+             ("PGD-20 at eps", "accuracy"), *((f"{k}/255", v) for k, v in curve.items()), (),
+             ("test", "clean", "adversarial"), *((k.removesuffix("_clean"), *v) for k, v in summary.items())]
+    print("\n".join("".join(f"{v:>14.3f}" if isinstance(v, float) else f"{v:>14}" for v in line) for line in lines))
+    if writer:
+        end = progress["epoch"] * steps
+        points = [(f"test/{name}_{k}", v, end) for name, row in table.items() for k, v in row.items()]
+        points += [("robustness_curve/model", v, float(k)) for k, v in curve.items()]
+        for tag, value, x_axis in points:
+            writer.add_scalar(tag, value, round(x_axis))
+        writer.close()
+    print(f"written to {run_dir}; look at it with: tensorboard --logdir {run_dir.parent}")

@@ -4,6 +4,7 @@ devices, folders, files.
 A data set is three `Split`s (train, val, test) of images (N, H, W, 3) uint8 and labels (N,) int64. Everything that fits
 lives on the device; a batch is one gather that crops and flips on the way (no worker processes, no per-image Python).
 The validation split is taken from *train* with a fixed seed, the same for all runs; the test split is the official one.
+Clips of a video set are (N, T, H, W, 3) in the place of images, their batches come from `clip_batches`.
 
 `digits` is drawn by `draw_digits` below: no download, and the same bytes on every machine.
 """
@@ -156,16 +157,16 @@ Pixels = Annotated[float, tyro.constructors.PrimitiveConstructorSpec(
     str_from_instance=lambda value: [f"{255 * value:g}/255"])]  # fmt: skip
 
 
-def load(name, data_dir="data", device="cpu", train_size=None, val_size=1000, test_size=None):
+def load(name, data_dir="data", device="cpu", train_size=None, val_size=1000, test_size=None, **options):
     """The data set `name`, with a validation split of `val_size` images held out of train.
 
     Sizes are the first so many of a permutation that is the same for every run; None means all there are. Files are
     read in their standard layout from `data_dir` and downloaded to it, with their checksum verified, when they are not
-    there. Raises UserError with one line that says what to do.
+    there. `options` are those of the data set's reader. Raises UserError with one line that says what to do.
     """
     if name not in READERS:
         raise UserError(f"unknown data set {name!r}: choose one of {', '.join(READERS)}")
-    (x, y), (x_test, y_test), classes, official = READERS[name](Path(data_dir))
+    (x, y), (x_test, y_test), classes, official = READERS[name](Path(data_dir), **options)
     for part, labels in (("train", y), ("test", y_test)):
         if len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
             raise UserError(f"{name}: a label of the {part} split is not in 0..{len(classes) - 1}: files are damaged")
@@ -194,8 +195,9 @@ def load(name, data_dir="data", device="cpu", train_size=None, val_size=1000, te
 
 
 def to_float(x):
-    """uint8 images (N, H, W, 3) to floats (N, 3, H, W) in [0, 1], in memory format channels_last as they are."""
-    return x.permute(0, 3, 1, 2).float().div_(255)
+    """uint8 images (N, H, W, 3) to floats (N, 3, H, W) in [0, 1], in memory format channels_last as they are; clips
+    (N, T, H, W, 3) to (N, 3, T, H, W)."""
+    return x.movedim(-1, 1).float().div_(255)
 
 
 def steps_per_epoch(n, batch_size):
@@ -203,7 +205,9 @@ def steps_per_epoch(n, batch_size):
     return max(n // batch_size, 1)
 
 
-AUGMENT = {"digits": dict(pad=0, flip=False), "svhn": dict(pad=4, flip=False)}  # a mirrored 2 is no digit
+AUGMENT = {"digits": dict(pad=0, flip=False), "svhn": dict(pad=4, flip=False),  # a mirrored 2 is no digit
+           "moving-digits": dict(flip=False),  # nor is a mirrored motion the same motion
+           "ucf101": dict(flip=True, size=112, scale=(0.25, 1.0))}  # fmt: skip
 
 
 def batches(split, batch_size, *, seed, epoch, pad=0, flip=False):
@@ -234,6 +238,65 @@ def batches(split, batch_size, *, seed, epoch, pad=0, flip=False):
         if flip:
             x = torch.where(mirrored[s, None, None, None], x.flip(2), x)
         yield to_float(x), split.y[order[s]]
+
+
+def clip_batches(split, batch_size, *, seed, epoch, frames, flip=False, size=None, scale=(1.0, 1.0)):
+    """One shuffled epoch of (x, y) of clips: floats (B, 3, frames, H, W) in [0, 1] and labels (B,).
+
+    Each clip starts at a random frame. With `size` it is a random square of the frame, the same in all frames, whose
+    side is `scale` of the shorter side (both ends included), resized to size x size. `flip` is that of `batches`.
+    Order and augmentation depend on (seed, epoch) alone.
+    """
+    n, stored, height, width, _ = split.x.shape
+    device = split.x.device
+    g = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(n, generator=g)
+    first = torch.randint(0, stored - frames + 1, (n,), generator=g)
+    mirrored = torch.randint(0, 2, (n,), generator=g).bool()
+    u = torch.rand(3, n, generator=g)
+    side = min(height, width) * (scale[0] + (scale[1] - scale[0]) * u[0])
+    left, top = u[1] * (width - side), u[2] * (height - side)
+    t = torch.arange(frames)
+    for start in range(0, steps_per_epoch(n, batch_size) * batch_size, batch_size):
+        s = slice(start, start + batch_size)
+        index = order[s]
+        x = split.x[index[:, None].to(device), (first[s, None] + t).to(device)]
+        if size:
+            # grid_sample puts -1 and 1 at the outer edges of a frame.
+            at = (torch.arange(size) + 0.5) / size * side[s, None]
+            at_x, at_y = ((at + left[s, None]) * 2 / width - 1), ((at + top[s, None]) * 2 / height - 1)
+            grid = torch.stack(torch.broadcast_tensors(at_x[:, None, :], at_y[:, :, None]), -1).to(device)
+            planes = x.permute(0, 1, 4, 2, 3).flatten(1, 2).float().div_(255)
+            x = torch.nn.functional.grid_sample(planes, grid, padding_mode="border", align_corners=False)
+            x = x.unflatten(1, (frames, 3)).transpose(1, 2)
+        else:
+            x = to_float(x)
+        if flip:
+            x = torch.where(mirrored[s, None, None, None, None].to(device), x.flip(-1), x)
+        yield x, split.y[index.to(device)]
+
+
+def centre_clips(x, frames, size):
+    """Stored clips (N, T, H, W, 3) as they are tested, (N, frames, size, size, 3), uint8.
+
+    Frames at equal distances from the first one on; the largest square in the middle, resized.
+    """
+    x = x[:, :: x.shape[1] // frames][:, :frames]
+    height, width = x.shape[2:4]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    x = x[:, :, top : top + side, left : left + side]
+    if side == size:
+        return x
+    parts = [_resize(clip, size, size) for clip in x]  # one clip at a time: their floats need not fit
+    return torch.stack(parts)
+
+
+def _resize(frames, height, width):
+    """Frames (T, H, W, 3) uint8 to (T, height, width, 3), with antialiasing."""
+    frames = torch.nn.functional.interpolate(frames.permute(0, 3, 1, 2).float(), (height, width), mode="bilinear",
+                                             antialias=True)  # fmt: skip
+    return frames.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 # --- Readers: each returns (x, y) of train, (x, y) of test, the class names, and whether these are the official files
@@ -496,5 +559,164 @@ def read_digits(data_dir):
     return (x[:9000], y[:9000]), (x[9000:], y[9000:]), [str(d) for d in range(10)], True
 
 
+# --- The embedded video set
+# A soft digit moves in one of eight directions over a smooth coloured background with two digits that stand still. It
+# leaves the frame on one side and returns on the other, and starts anywhere: a single frame says nothing of the class,
+# only the order of the frames does. What is said above of integers holds here too.
+
+MOTIONS = {"east": (64, 0), "southeast": (45, 45), "south": (0, 64), "southwest": (-45, 45), "west": (-64, 0),
+           "northwest": (-45, -45), "north": (0, -64), "northeast": (45, -45)}  # fmt: skip
+CLIP = (8, 32)  # frames of a clip, pixels a side
+
+
+def draw_moving_digits(n, seed):
+    """n clips (n, 8, 32, 32, 3) uint8 and their labels (n,) int64, as numpy arrays. Takes about 1 ms a clip."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(low, high, *shape):  # uniform integers, both ends included
+        return torch.randint(low, high + 1, shape, generator=g)
+
+    frames, size = CLIP
+    glyphs, directions = _glyphs().to(torch.int16), torch.tensor(list(MOTIONS.values()))
+    normal = NormalDist(0, 0.02 * 255)
+    noise_of = torch.tensor([round(normal.inv_cdf((k + 0.5) / 256)) for k in range(256)], dtype=torch.int16)
+    ramp = torch.tensor([min(k, size - 1 - k) for k in range(size)])  # of the background: up and down again
+
+    def coverage(digit, place):
+        """Of digits (m,) at `place` (m, T, 2), x and y in 1/64 pixel, on the torus: (m, T, size, size) in 0..255."""
+        at = 64 * torch.arange(size) - place[..., None]  # (m, T, 2, size)
+        texel = ((at + 32 * size) % (64 * size) - 32 * size) * 9 // 128 + 40  # 4.5 texels a pixel
+        inside = (texel >= 0) & (texel < 80)
+        u, v = texel.clamp(0, 79).unbind(2)
+        found = glyphs[digit[:, None, None, None], v[..., :, None], u[..., None, :]]
+        return found * (inside[:, :, 1, :, None] & inside[:, :, 0, None, :])
+
+    clips, labels = [], []
+    for start in range(0, n, 250):
+        m = min(250, n - start)
+        y = draw(0, len(MOTIONS) - 1, m)
+        slope = draw(-3, 3, m, 1, 2, 3)  # grey levels a pixel along x and y, per channel
+        base = draw(80, 175, m, 1, 1, 1, 3)
+        canvas = (base + slope[:, :, None, None, 0] * ramp[:, None] + slope[:, :, None, None, 1] * ramp[:, None, None])
+        canvas = canvas.expand(m, frames, size, size, 3).to(torch.int16).clone()
+        t = torch.arange(frames)[:, None]
+        for moving in (False, False, True):
+            place = draw(0, 64 * size - 1, m, 1, 2)
+            speed = draw(32, 56, m, 1, 1)  # in 1/16 pixel a frame: 2 to 3.5 pixels
+            if moving:
+                place = place + t * speed * directions[y][:, None] // 16
+            contrast = draw(70, 130, m, 3) * (2 * draw(0, 1, m, 1) - 1)  # one sign for the three channels
+            shape = coverage(draw(0, 9, m), place) >> 1  # 0 to 127: the product fits 16 bits
+            canvas += shape[..., None] * contrast[:, None, None, None].to(torch.int16) >> 7
+        canvas += noise_of[torch.randint(0, 256, canvas.shape, generator=g, dtype=torch.uint8).int()]
+        clips.append(canvas.clamp_(0, 255).to(torch.uint8))
+        labels.append(y)
+    return torch.cat(clips).numpy(), torch.cat(labels).numpy()
+
+
+def read_moving_digits(data_dir, frames=CLIP[0], split=1):
+    del data_dir, split  # nothing is read
+    if frames != CLIP[0]:
+        raise UserError(f"--frames {frames}: the clips of moving-digits have {CLIP[0]}")
+    x, y = draw_moving_digits(4500, seed=0)
+    return (x[:4000], y[:4000]), (x[4000:], y[4000:]), list(MOTIONS), True
+
+
+# --- UCF-101
+
+
+def read_ucf101(data_dir, frames=16, split=1):
+    """One clip of each video of an official split, as torchvision lays it out: UCF-101/, ucfTrainTestlist/.
+
+    Test clips have `frames` frames of 112x112: every floor(n / frames)-th of the n frames, from the first on, repeated
+    from the start where a video is too short. Training clips have twice as many, at half the distance, of 128x170, for
+    `clip_batches` to crop from.
+    """
+    from torchvision.datasets import UCF101
+
+    root, lists = data_dir / "UCF-101", data_dir / "ucfTrainTestlist"
+    if not root.is_dir() or not lists.is_dir():
+        missing = lists if root.is_dir() else root
+        raise UserError(f"{missing} is not there: unpack UCF101.rar and UCF101TrainTestSplits-RecognitionTask.zip from "
+                        f"https://www.crcv.ucf.edu/data/UCF101.php in {data_dir}, or see --data-dir")  # fmt: skip
+    paths = sorted(root.rglob("*.avi"))
+    # Made-up metadata: without it torchvision opens all videos, at every start, for the clips that we do not use.
+    metadata = dict(video_paths=[str(p) for p in paths], video_pts=[torch.zeros(1, dtype=torch.int64)] * len(paths),
+                    video_fps=[25.0] * len(paths))  # fmt: skip
+    files = {}
+    for part in ("train", "test"):
+        try:
+            dataset = UCF101(root, lists, 1, fold=split, train=part == "train", _precomputed_metadata=metadata)
+        except Exception as error:  # no videos at all, no or damaged lists
+            raise UserError(f"{data_dir} is no UCF-101 ({type(error).__name__}: {error}): see --data-dir") from None
+        files[part] = [dataset.samples[i] for i in dataset.indices]
+        if not files[part]:
+            raise UserError(f"{root} has none of the videos in {lists / f'{part}list{split:02d}.txt'}")
+    official = len(files["train"]) + len(files["test"]) == 13_320 and len(dataset.classes) == 101
+    cache = data_dir / "ucf101-clips"
+    train = _decode_clips(files["train"], cache / f"train{split}_{2 * frames}", 2 * frames, 128, 170)
+    test = _decode_clips(files["test"], cache / f"test{split}_{frames}", frames, 112, 112)
+    return train, test, dataset.classes, official
+
+
+def _decode_clips(files, cache, frames, height, width):
+    """One clip of each of the `files`, decoded once; later starts map the cache, complete when its .json is there.
+
+    Scaled by the shorter side, then cut out of the middle. The clips stay on the disk until they are asked for.
+    """
+    known = [[Path(path).name, Path(path).stat().st_size, label] for path, label in files]
+    shape = (len(files), frames, height, width, 3)
+    clips, index = cache.with_suffix(".npy"), cache.with_suffix(".json")
+    with suppress(Exception):  # absent, unreadable or of other files: decode again
+        if json.loads(index.read_text()) == known:
+            x = np.load(clips, mmap_mode="c")
+            if x.shape == shape:
+                return x, np.array([label for _, label in files], np.int64)
+    try:
+        from torchcodec.decoders import VideoDecoder
+    except Exception as error:  # without FFmpeg's libraries the import fails with a RuntimeError
+        install = "pip install torchcodec" if isinstance(error, ImportError) else "install FFmpeg (apt install ffmpeg)"
+        reason = str(error).strip().splitlines()[0].rstrip(":.")
+        raise UserError(f"ucf101 is decoded by torchcodec, which cannot be used here ({reason}): {install}") from None
+
+    def one(entry):  # an error is returned and raised below, as in _decode
+        try:
+            video = VideoDecoder(entry[0], num_ffmpeg_threads=1)
+            n = len(video)
+            at = [i % n for i in range(0, frames * max(n // frames, 1), max(n // frames, 1))]
+            picked = video.get_frames_at(sorted(set(at)))  # each once, in order: going back costs a seek
+            place = {frame: i for i, frame in enumerate(sorted(set(at)))}
+            clip = picked.data.permute(0, 2, 3, 1)
+            h, w = clip.shape[1:3]
+            scale = max(height / h, width / w)
+            clip = _resize(clip, max(round(h * scale), height), max(round(w * scale), width))
+            top, left = (clip.shape[1] - height) // 2, (clip.shape[2] - width) // 2
+            return clip[[place[i] for i in at], top : top + height, left : left + width].numpy()
+        except Exception as error:
+            return error
+
+    print(f"decoding {len(files)} videos to {clips}, {math.prod(shape) / 1e9:.1f} GB (once)", flush=True)
+    unfinished = clips.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        clips.parent.mkdir(parents=True, exist_ok=True)
+        x = np.lib.format.open_memmap(unfinished, "w+", np.uint8, shape)
+        with ThreadPoolExecutor() as pool:
+            for i, clip in enumerate(pool.map(one, files)):
+                if isinstance(clip, Exception):
+                    reason = (str(clip).strip() or type(clip).__name__).splitlines()[0]
+                    raise UserError(f"{files[i][0]} cannot be decoded ({reason}): put an intact copy in its place")
+                x[i] = clip
+        x.flush()
+        index.unlink(missing_ok=True)  # the old index must not vouch for the new clips
+        os.replace(unfinished, clips)
+        _write(index, known)
+    except OSError as error:
+        raise UserError(f"the decoded clips cannot be kept in {clips.parent}: {error}") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return np.load(clips, mmap_mode="c"), np.array([label for _, label in files], np.int64)
+
+
 READERS = {"digits": read_digits, "cifar10": read_cifar10, "cifar100": read_cifar100, "svhn": read_svhn,
-           "tiny-imagenet": read_tiny_imagenet}  # fmt: skip
+           "tiny-imagenet": read_tiny_imagenet, "moving-digits": read_moving_digits,
+           "ucf101": read_ucf101}  # fmt: skip

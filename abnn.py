@@ -1,0 +1,933 @@
+"""ABNN, Adaptive Batch Normalization Networks: a defense without adversarial training. A frozen substitute network sees
+the same input and sends the statistics of its features to batch normalization layers of the network that classifies.
+
+Shao-Yuan Lo and Vishal M. Patel, "Adaptive Batch Normalization Networks for Adversarial Robustness",
+https://arxiv.org/abs/2405.11708
+
+    python abnn.py                                       # embedded images, a few minutes on two CPU cores
+    python abnn.py --dataset moving-digits               # embedded video
+    python abnn.py --dataset cifar10 --bf16 --compile    # ResNet-18, the substitute trained on CIFAR-100, on a GPU
+
+RESULTS
+"""
+
+import hashlib
+import json
+import math
+import signal
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from common import data
+from common.pgd import LOSSES, attack_metrics, pgd, survivors
+
+SCRIPT = Path(__file__).stem
+
+
+@dataclass
+class Args:
+    # --- Run
+    dataset: Literal["digits", "cifar10", "cifar100", "svhn", "tiny-imagenet", "moving-digits", "ucf101"] = "digits"
+    """digits and moving-digits (video) are embedded; ucf101 is video too, and needs torchcodec"""
+    preset: Literal["fast", "paper"] = "fast"  # paper: the literature's length; ucf101: clips of 40 frames, not 16
+    data_dir: str = "data"  # folder of the data sets in their standard layout; downloads go there
+    runs_dir: str = "runs"  # folder of the runs' folders, and of the trained substitutes: tensorboard --logdir runs
+    seed: int = 1  # seed of everything random
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    bf16: bool = False  # train, and attack in training, under bfloat16 autocast; evaluation is float32
+    compile: bool = False  # torch.compile the network: some minutes of compiling, then faster on a GPU
+    resume: str | None = None  # continue the run in this folder, with its own arguments
+    eval_only: str | None = None  # evaluate the run in this folder, or one .pt file; writes eval.json beside it
+    # --- Data
+    train_size: int | None = None  # training images or clips, the first so many of a fixed permutation (None: all)
+    val_size: int = 1000  # validation images or clips, held out of the training split
+    test_size: int | None = None  # test images or clips (None: all)
+    frames: int | None = None  # frames of a clip
+    split: Literal[1, 2, 3] = 1  # official split of ucf101
+    # --- Optimisation
+    arch: Literal["preactresnet18", "wrn-34-10", "preactresnet8", "r3d18", "conv3d"] | None = None
+    """network; the last two are for video"""
+    width: int | None = None  # channels of the first stage (None: 64, 160, 16, 64 and 8, in the order above)
+    epochs: int | None = None  # passes over the training data
+    batch_size: int | None = None  # images or clips a step
+    lr: float | None = None  # peak learning rate of SGD with Nesterov momentum 0.9; the maps A have a tenth
+    milestones: tuple[int, ...] | None = None  # epochs after which lr is divided by 10; none: one cycle
+    weight_decay: float | None = None  # L2 penalty on all weights
+    # --- Threat model
+    eps: data.Pixels | None = None  # radius of PGD, in adversarial training and in the test
+    step_size: data.Pixels | None = None  # step of the training attack (None: 2.5 eps / steps: 2/255 for 10 steps)
+    attack_steps: int | None = None  # steps K of the training attack, for --defense at
+    norm: Literal["linf", "l2"] = "linf"  # norm that eps bounds
+    eps_warmup_epochs: float | None = None  # epochs over which the training eps rises from 0, for --defense at
+    attack_strength: Literal[1, 2, 4] = 1  # size of squares, frames and salt-and-pepper noise in the test
+    # --- Method
+    defense: Literal["none", "at", "abnn"] = "abnn"  # at: PGD adversarial training, the paper's baseline
+    substitute: str | None = None
+    """what S was trained on: a data set's name, self (the same data, another seed), imagenet, kinetics, or a run with
+    --defense none"""
+    substitute_arch: Literal["preactresnet18", "wrn-34-10", "preactresnet8", "r3d18", "conv3d", "resnet18", None] = None
+    """network of S, self or of a data set (None: the target's)"""
+    substitute_width: int | None = None  # its width (None: the target's)
+    clean_epochs: int | None = None  # epochs of clean training: of S, and of T before the layers go in
+    statistics: Literal["flat", "channel"] | None = None
+    """what A sees of S: all its features, as the authors do, or the mean and std of each channel"""
+    moments: Literal["sample", "batch"] = "sample"  # mean and std of one sample, or of the batch as the authors do
+    align_weight: float = 0.0  # weight of a loss that pulls T's statistics towards those of S
+    compare_cost: bool = False  # also measure the seconds per epoch of the three defenses, step by step in turn
+
+
+# An argument left at None takes its value here.
+FAST = dict(arch="preactresnet18", frames=1, epochs=30, batch_size=128, lr=0.05, milestones=(), weight_decay=5e-4,
+            eps=8 / 255, attack_steps=10, eps_warmup_epochs=0.0, clean_epochs=30, statistics="flat",
+            substitute="cifar100")
+PAPER = {**FAST, "epochs": 100, "clean_epochs": 100, "milestones": (75, 90)}
+DIGITS = {**FAST, "arch": "preactresnet8", "epochs": 8, "clean_epochs": 6, "eps_warmup_epochs": 3.0,
+          "attack_steps": 5, "test_size": 200, "substitute": "self"}
+MOVING = {**DIGITS, "arch": "conv3d", "frames": 8, "epochs": 6, "batch_size": 64, "eps": 4 / 255, "test_size": 200,
+          "statistics": "channel", "eps_warmup_epochs": 2.0}
+UCF101 = {**FAST, "arch": "r3d18", "frames": 16, "epochs": 10, "clean_epochs": 10, "batch_size": 16, "lr": 1e-3,
+          "milestones": (7,), "weight_decay": 1e-5, "eps": 4 / 255, "statistics": "channel", "substitute": "kinetics",
+          "test_size": 500}
+TINY_IMAGENET = {"statistics": "channel"}  # flat maps for 64x64 images would have 170 million weights  [D2]
+PRESETS = {
+    "digits": {"fast": DIGITS, "paper": DIGITS},
+    "cifar10": {"fast": FAST, "paper": PAPER},
+    "cifar100": {"fast": {**FAST, "substitute": "cifar10"}, "paper": {**PAPER, "substitute": "cifar10"}},
+    "svhn": {"fast": {**FAST, "eps_warmup_epochs": 5.0}, "paper": {**PAPER, "eps_warmup_epochs": 5.0}},
+    "tiny-imagenet": {"fast": {**FAST, **TINY_IMAGENET}, "paper": {**PAPER, **TINY_IMAGENET}},
+    "moving-digits": {"fast": MOVING, "paper": MOVING},
+    "ucf101": {"fast": UCF101, "paper": {**UCF101, "frames": 40, "batch_size": 8, "test_size": None}},
+}
+VIDEO = ("moving-digits", "ucf101")
+SIZES = {"tiny-imagenet": 64, "ucf101": 112}  # pixels a side; of the others 32
+PRETRAINED = {"imagenet": ("resnet18", "ResNet18_Weights.IMAGENET1K_V1"),
+              "kinetics": ("r3d18", "R3D_18_Weights.KINETICS400_V1")}  # architecture, torchvision's weights
+
+
+# --- Network
+
+ARCHS = {  # base width; channels of stem and stages in multiples of it; blocks per stage; strides of stem and stages
+    "preactresnet18": (64, 1.0, (1, 2, 4, 8), 2, (1, 1, 2, 2, 2)),  # He et al. 2016, arXiv 1603.05027
+    "wrn-34-10": (160, 0.1, (1, 2, 4), 5, (1, 1, 2, 2)),  # Zagoruyko & Komodakis 2016, arXiv 1605.07146
+    "preactresnet8": (16, 1.0, (1, 2, 4), 1, (2, 1, 2, 2)),  # small and fast, for the embedded data
+}
+
+
+class PreActBlock(nn.Module):
+    """Pre-activation residual block. `extra`: further inputs of the normalisation layers (plain BatchNorm has none)."""
+
+    def __init__(self, in_channels, channels, stride, norm):
+        super().__init__()
+        self.bn1, self.bn2 = norm(in_channels), norm(channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        same_shape = in_channels == channels and stride == 1
+        self.shortcut = None if same_shape else nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+
+    def forward(self, x, *extra):
+        out = F.relu(self.bn1(x, *extra))
+        shortcut = x if self.shortcut is None else self.shortcut(out)
+        out = F.relu(self.bn2(self.conv1(out), *extra))
+        return self.conv2(out) + shortcut
+
+
+class PreActResNet(nn.Module):
+    """Images (N, 3, H, W) in [0, 1] to logits (N, classes). `norm` makes a normalisation layer for so many channels."""
+
+    def __init__(self, arch, width, classes, norm=nn.BatchNorm2d):
+        super().__init__()
+        base, stem, stages, blocks, strides = ARCHS[arch]
+        width = width or base
+        channels = max(round(stem * width), 1)
+        self.conv = nn.Conv2d(3, channels, 3, strides[0], 1, bias=False)
+        self.blocks = nn.ModuleList()
+        for multiple, stride in zip(stages, strides[1:]):
+            for i in range(blocks):
+                self.blocks.append(PreActBlock(channels, multiple * width, stride if i == 0 else 1, norm))
+                channels = multiple * width
+        self.bn = norm(channels)
+        self.fc = nn.Linear(channels, classes)
+
+    def maps(self, x, *extra):
+        """Feature maps (N, channels, h, w) of the last convolution, after BatchNorm and ReLU."""
+        out = self.conv((x - 0.5) / 0.25)  # normalisation is inside the network, so that eps always means pixels
+        for block in self.blocks:
+            out = block(out, *extra)
+        return F.relu(self.bn(out, *extra))
+
+    def features(self, x, *extra):
+        """Pooled features (N, channels), input of the last layer."""
+        return self.maps(x, *extra).mean((2, 3))
+
+    def forward(self, x, return_features=False):
+        features = self.features(x)
+        logits = self.fc(features)
+        return (logits, features) if return_features else logits
+
+
+class GroupNet(nn.Module):
+    """Five groups, pooling, a linear layer: (N, 3, [T,] H, W) in [0, 1] to logits (N, classes).
+
+    r3d18 and resnet18 are torchvision's; conv3d, five convolutions, is small and fast, for the embedded video.
+    """
+
+    def __init__(self, arch, width, classes):
+        super().__init__()
+        self.video = arch != "resnet18"
+        mean, std = {"resnet18": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # those of the pretraining data
+                     "r3d18": ((0.432, 0.395, 0.376), (0.228, 0.221, 0.217))}.get(arch, ([0.5], [0.25]))
+        for name, value in (("mean", mean), ("std", std)):
+            shape = (1, -1, 1, 1, 1) if self.video else (1, -1, 1, 1)
+            self.register_buffer(name, torch.tensor(value).view(shape), persistent=False)
+        if arch == "conv3d":
+            channels = [3, *((width or 8) * multiple for multiple in (1, 2, 4, 8, 8))]
+            layers = zip(channels, channels[1:], [(1, 2, 2), 1, (1, 2, 2), 2, 2])
+            self.groups = nn.ModuleList(nn.Sequential(nn.Conv3d(a, b, 3, stride, 1, bias=False), nn.BatchNorm3d(b),
+                                                      nn.ReLU()) for a, b, stride in layers)
+        else:
+            net = torchvision.models.get_model(arch.replace("r3d", "r3d_"))
+            stem = net.stem if self.video else nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
+            self.groups = nn.ModuleList([stem, net.layer1, net.layer2, net.layer3, net.layer4])
+        self.fc = nn.Linear(channels[-1] if arch == "conv3d" else 512, classes)
+
+    def stem(self, x):
+        return self.groups[0]((x - self.mean) / self.std)
+
+    def head(self, z):
+        return self.fc(z.flatten(2).mean(2))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for group in self.groups[1:]:
+            x = group(x)
+        return self.head(x)
+
+    def to(self, *args, memory_format=None, **kwargs):  # `load` says channels_last, a format of images only
+        return super().to(*args, memory_format=torch.channels_last_3d if self.video else memory_format, **kwargs)
+
+
+def plain_network(arch, width, classes):
+    return PreActResNet(arch, width, classes) if arch in ARCHS else GroupNet(arch, width, classes)
+
+
+def groups_of(net, arch):
+    """The groups of a network as functions, with a tap after each, and its head: head(group5(... group1(x))) is net(x).
+
+    Stem and four stages; preactresnet8 and wrn-34-10 have three stages, and four taps.
+    """
+    if isinstance(net, GroupNet):
+        return [net.stem, *net.groups[1:]], net.head
+    n = ARCHS[arch][3]
+    stages = [nn.Sequential(*net.blocks[i : i + n]) for i in range(0, len(net.blocks), n)]
+    return [lambda x: net.conv((x - 0.5) / 0.25), *stages], lambda z: net.fc(F.relu(net.bn(z)).mean((2, 3)))
+
+
+# --- Method
+# paper          here                      meaning
+# T, S           target, substitute        the network that classifies, and the frozen one that sends statistics
+# z_t, z_s       z, s                      features of the same group of T and of S (B, C, [T,] H, W)
+# f              f                         z_s, a row per sample (B, D), or the statistics of its channels
+# A, b           AdaptiveBN.weight, .bias  linear map from f to gamma and beta
+# A, B, C        rows of the final table   threat models: gradient through T alone, from T's plain twin, through both
+# D1, D2, ...    docs/abnn.md              our decisions where the paper leaves the choice open
+
+
+def mean_std(s, moments):
+    """Mean and unbiased standard deviation of s (B, ...): of each sample (B, 1), or over the batch (1, 1).  [D3]"""
+    s = s.float().flatten(1) if moments == "sample" else s.float().flatten()[None]
+    return s.mean(1, keepdim=True), s.std(1, keepdim=True)
+
+
+class AdaptiveBN(nn.Module):
+    """v = std(z_s) BN(z_t) + mean(z_s);  [gamma, beta] = A f + b;  z_t' = gamma v + beta, per sample and channel.
+
+    A is equalised: weights of variance 1, times sqrt(2 / D) where they are used. It starts with gamma around 1 and beta
+    around 0, both already noisy with f. `shape` is that of one sample's z_s.
+    """
+
+    def __init__(self, channels, shape, statistics, moments):
+        super().__init__()
+        self.statistics, self.moments = statistics, moments
+        self.bn = (nn.BatchNorm3d if len(shape) == 4 else nn.BatchNorm2d)(channels)
+        d = math.prod(shape) if statistics == "flat" else 2 * shape[0]
+        self.weight = nn.Parameter(torch.randn(2 * channels, d))
+        self.bias = nn.Parameter(torch.cat([torch.ones(channels), torch.zeros(channels)]))
+
+    def forward(self, z, s):
+        """z (B, C, [T,] h, w) of T and s (B, C_s, [T,] h_s, w_s) of S to features of the shape of z."""
+        mean, std = mean_std(s, self.moments)
+        f = s.flatten(1)
+        if self.statistics == "channel":  # statistics in the usual sense of the word, and a few % of the weights  [D2]
+            per_channel = s.float().flatten(2)
+            f = torch.cat([per_channel.mean(2), per_channel.std(2)], 1)
+        gamma, beta = F.linear(f, self.weight * (2 / f.shape[1]) ** 0.5, self.bias).chunk(2, 1)
+        # gamma (std u + mean) + beta as one multiplication and one addition of the large tensor u = BN(z).
+        scale, shift = (v.to(z.dtype).view(-1, z.shape[1], *[1] * (z.ndim - 2))
+                        for v in (gamma * std, gamma * mean + beta))
+        return torch.addcmul(shift, self.bn(z), scale)
+
+
+class ABNN(nn.Module):
+    """T with an adaptive layer after each group, S, and T's plain twin: T as it was before the layers went in.
+
+    S and the twin are frozen and always in eval mode; the twin is there for threat model B alone.  [D4, D5]
+    """
+
+    def __init__(self, args, classes):
+        super().__init__()
+        self.video = args.dataset in VIDEO
+        self.target, self.twin = (plain_network(args.arch, args.width, classes) for _ in range(2))
+        self.substitute = plain_network(args.substitute_arch, args.substitute_width, 1)
+        self.substitute.fc = nn.Identity()  # its classifier is not used
+        self.groups, self.head = groups_of(self.target, args.arch)
+        self.taps, _ = groups_of(self.substitute, args.substitute_arch)
+        if len(self.groups) != len(self.taps):
+            raise data.UserError(f"S ({args.substitute_arch}) has {len(self.taps)} groups and T ({args.arch}) has "
+                                 f"{len(self.groups)}: choose two architectures with the same number")
+        self.norms = nn.ModuleList()
+        z = s = torch.zeros(1, 3, *[args.frames] * self.video, *[SIZES.get(args.dataset, 32)] * 2)
+        self.eval()
+        with torch.no_grad():  # zeros, for the shapes
+            for group, tap in zip(self.groups, self.taps):
+                z, s = group(z), tap(s)
+                self.norms.append(AdaptiveBN(z.shape[1], s.shape[1:], args.statistics, args.moments))
+        self.train()
+        self.substitute.requires_grad_(False), self.twin.requires_grad_(False)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.substitute.eval(), self.twin.eval()
+        return self
+
+    def to(self, *args, memory_format=None, **kwargs):  # as in GroupNet
+        return super().to(*args, memory_format=torch.channels_last_3d if self.video else memory_format, **kwargs)
+
+    def forward(self, x, detach=False, record=None):
+        """Logits (N, classes). `detach`: S sees the same x, but no gradient goes through it (threat model A).
+
+        Appends (z_t, z_s) of each tap to the list `record`.
+        """
+        z = s = x
+        for group, tap, norm in zip(self.groups, self.taps, self.norms):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
+                s = tap(s)
+            z = group(z)
+            if record is not None:
+                record.append((z, s))
+            z = norm(z, s)
+        return self.head(z)
+
+
+def distance(record):
+    """Sum over the taps of (mean_t - mean_s)^2 + (std_t - std_s)^2, averaged over samples: what T is said to learn to
+    close.  [D1]"""
+    pairs = [[torch.cat(mean_std(v, "sample"), 1) for v in pair] for pair in record]
+    return sum((t - s).square().sum(1).mean() for t, s in pairs)
+
+
+def training_loss(net, x, y, args, rise=1.0, generator=None):
+    """Loss of a batch, its terms unweighted, and the logits.  [D1]
+
+    Cross-entropy on clean images (`none`, `abnn`), or on PGD examples within rise * eps (`at`).
+    """
+    if args.defense == "at":
+        net.eval()  # the attack sees the running statistics, as at test time, and moves none of them
+        step_size = args.step_size or 2.5 * args.eps / args.attack_steps
+        x = pgd(net, x, y, eps=rise * args.eps, step_size=rise * step_size, steps=args.attack_steps if args.eps else 0,
+                norm=args.norm, generator=generator)
+    net.train()
+    record = [] if args.defense == "abnn" and args.align_weight else None
+    logits = net(x) if record is None else net(x, record=record)
+    loss = F.cross_entropy(logits.float(), y)
+    terms = {"robust_ce" if args.defense == "at" else "clean_ce": loss}
+    if record:
+        terms["distance"] = distance(record)
+        loss = loss + args.align_weight * terms["distance"]
+    return loss, terms, logits
+
+
+def optimizer_of(net, args):
+    """SGD; the maps A and b have a tenth of the rate.  [D5]"""
+    maps = [p for m in net.modules() if isinstance(m, AdaptiveBN) for p in (m.weight, m.bias)]
+    rest = [p for p in net.parameters() if p.requires_grad and not any(p is q for q in maps)]
+    groups = [dict(params=rest, peak=args.lr)] + ([dict(params=maps, peak=args.lr / 10)] if maps else [])
+    return torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=True, weight_decay=args.weight_decay)
+
+
+def set_lr(optimizer, t, args):
+    """The rate after t of the epochs: one cycle, or steps at the milestones. Returns its factor."""
+    if args.milestones:
+        factor = 0.1 ** sum(t >= m for m in args.milestones)
+    else:  # one cycle: up for 30 % of the steps, then down to 0
+        factor = min(t / args.epochs / 0.3, (1 - t / args.epochs) / 0.7)
+    for group in optimizer.param_groups:
+        group["lr"] = factor * group["peak"]
+    return factor
+
+
+def load_data(args, device):
+    options = dict(frames=args.frames, split=args.split) if args.dataset in VIDEO else {}
+    return data.load(args.dataset, args.data_dir, device, args.train_size, args.val_size, args.test_size, **options)
+
+
+def batches_of(d, args, epoch):
+    of_video = dict(frames=args.frames) if args.dataset in VIDEO else {}
+    batches = data.clip_batches if args.dataset in VIDEO else data.batches
+    return batches(d.train, args.batch_size, seed=args.seed, epoch=epoch, **d.augment, **of_video)
+
+
+def pretrained(name, net):
+    """Give the groups of a GroupNet the weights that torchvision has for them."""
+    weights = torchvision.models.get_weight(PRETRAINED[name][1])
+    try:
+        found = weights.get_state_dict(progress=False, check_hash=True)
+    except Exception as error:  # network and disk errors have no common base class here
+        file = Path(torch.hub.get_dir(), "checkpoints", weights.url.split("/")[-1])
+        raise data.UserError(f"the weights of --substitute {name} cannot be downloaded ({type(error).__name__}: {error}"
+                             f"): put {weights.url} at {file}, or use --substitute self") from None
+    names = {"conv1": "groups.0.0", "bn1": "groups.0.1", "stem": "groups.0"}  # of resnet18's and r3d_18's stems
+    names |= {f"layer{i}": f"groups.{i}" for i in range(1, 5)}
+    parts = {k: k.split(".", 1) for k in found if not k.startswith("fc.")}
+    net.load_state_dict({**net.state_dict(), **{f"{names[a]}.{b}": found[k] for k, (a, b) in parts.items()}})
+    return net
+
+
+def clean_network(args, d, device):
+    """A plain network trained on the clean images of d; at later calls read from runs_dir/substitutes.  [D4]
+
+    The file is a checkpoint like those of a run with --defense none.
+    """
+    args = replace(args, defense="none", epochs=args.clean_epochs)
+    start = "kinetics" if args.substitute == "kinetics" else None
+    kept = ("arch", "width", "epochs", "batch_size", "lr", "milestones", "weight_decay", "train_size", "val_size",
+            "bf16", "frames", "split", "seed")
+    key = json.dumps({"data": d.name, "start": start, **{k: getattr(args, k) for k in kept}})
+    digest = hashlib.sha256(key.encode()).hexdigest()[:10]
+    path = Path(args.runs_dir, "substitutes", f"{d.name}__{args.arch}__{args.seed}__{digest}.pt")
+    if path.exists():
+        net, _, state = load(path, device)
+        if state.get("key") != key:
+            raise data.UserError(f"{path} was trained otherwise than this run needs it: delete it to train it again")
+        return net
+    torch.manual_seed(args.seed)
+    net = build(args, len(d.classes))
+    net = (pretrained(start, net) if start else net).to(device, memory_format=torch.channels_last)
+    optimizer, steps = optimizer_of(net, args), data.steps_per_epoch(len(d.train.y), args.batch_size)
+    for epoch in range(args.epochs):
+        mean = 0
+        for i, (x, y) in enumerate(batches_of(d, args, epoch)):
+            set_lr(optimizer, epoch + (i + 0.5) / steps, args)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                loss, _, _ = training_loss(net, x, y, args)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            mean = mean + loss.detach() / steps
+        if not math.isfinite(mean := mean.item()):
+            raise data.UserError(f"the loss of a clean network is not finite: try a lower --lr than {args.lr:g}")
+        print(f"clean training of {path.stem}: epoch {epoch + 1}/{args.epochs}, loss {mean:.3f}", flush=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise data.UserError(f"--runs-dir {args.runs_dir} cannot be used: {error}") from None
+    data.save(path, dict(script=SCRIPT, args=asdict(args), classes=len(d.classes), net=net.state_dict(),
+                         epoch=args.epochs, key=key))
+    return net.eval()
+
+
+def find_substitute(args):
+    """(args with the architecture of S, S itself where a run was named). Refuses what does not fit.  [D4]"""
+    source, video, own = args.substitute, args.dataset in VIDEO, args.substitute_arch or args.substitute_width
+    if source == "self" or source in data.READERS:
+        if source in (args.dataset, *VIDEO) or video and source != "self":
+            raise data.UserError(f"--substitute {source} is not for {args.dataset}: use self, "
+                                 f"{'kinetics' if video else 'another set of images, imagenet'} or a run's folder")
+        return replace(args, substitute_arch=args.substitute_arch or args.arch,
+                       substitute_width=args.substitute_width or (None if args.substitute_arch else args.width)), None
+    if own:
+        raise data.UserError(f"--substitute {source} has its own --substitute-arch and --substitute-width: "
+                             "leave them out")
+    net, of_video = None, source == "kinetics"
+    if source in PRETRAINED:
+        args = replace(args, substitute_arch=PRETRAINED[source][0])
+    else:
+        net, other, _ = load(source)
+        of_video = other.dataset in VIDEO
+        if other.defense != "none":
+            raise data.UserError(f"--substitute {source} was trained with --defense {other.defense}, not none")
+        args = replace(args, substitute_arch=other.arch, substitute_width=other.width)
+    if of_video != video:
+        raise data.UserError(f"--substitute {source} does not fit {args.dataset}: one is of images, the other of video")
+    return args, net
+
+
+def assemble(net, args, d, device, substitute):
+    """Fill an ABNN with a trained S, and with a T that was trained without the layers.  [D4, D5]"""
+    its = replace(args, arch=args.substitute_arch, width=args.substitute_width)
+    if args.substitute in PRETRAINED:
+        substitute = pretrained(args.substitute, plain_network(args.substitute_arch, None, 1))
+    elif args.substitute == "self":
+        substitute = clean_network(replace(its, seed=args.seed + 1000), d, device)
+    elif substitute is None:
+        its = replace(its, dataset=args.substitute, test_size=None)
+        substitute = clean_network(its, load_data(its, device), device)
+    net.substitute.load_state_dict({k: v for k, v in substitute.state_dict().items() if not k.startswith("fc.")})
+    clean = clean_network(args, d, device).state_dict()
+    net.target.load_state_dict(clean), net.twin.load_state_dict(clean)
+
+
+def build(args, classes):
+    """The network, untrained: `load` fills it from a checkpoint."""
+    return ABNN(args, classes) if args.defense == "abnn" else plain_network(args.arch, args.width, classes)
+
+
+# --- Evaluation
+
+ATTACKS = {  # columns of the final table, as settings of survivors()
+    "fgsm": dict(steps=1, relative_step=1.0, random_start=False),
+    "pgd20": dict(steps=20),
+    "pgd50_margin": dict(steps=50, loss="margin", restarts=5),  # robustness to cross-entropy alone is no evidence
+    "targeted": dict(steps=20, targets=9),  # towards each of the nine likeliest wrong classes
+}
+
+
+def evaluate(net, x, y, eps, norm, others=()):
+    """Accuracies of the final table, from counts over all of x. First `worst`, their per-example minimum.
+
+    `others` are models to transfer from: the column `transfer` is PGD-20 with both losses on each of them.
+    """
+    clean = survivors(net, x, y, eps=0, steps=0)
+    attack = partial(survivors, net, x, y, clean, eps=eps, norm=norm)
+    alive = {"clean": clean, **{name: attack(**settings) for name, settings in ATTACKS.items()}}
+    if others:
+        masks = [attack(steps=20, loss=loss, source=other) for other in others for loss in ("ce", "margin")]
+        alive["transfer"] = torch.stack(masks).all(0)
+    alive = {"worst": torch.stack([*alive.values()]).all(0), **alive}
+    return {name: mask.sum().item() / len(y) for name, mask in alive.items()}
+
+
+# Every attack is PGD; what differs is the mask and the bound. Without steps each is its own twin without a gradient:
+# noise in the ball, a grey square, a frame of noise, black pixels.  [D6]
+PHYSICAL = ("pgd", "roa", "roa_search", "af", "af_universal", "spa")
+
+
+def sizes(args, side):
+    """Side of the square, width of the frame, number of pixels, in images of so many pixels a side.  [D6]
+
+    30, 5 and 100 of 112 pixels, as the authors have it; 9, 1 and 16 of 32. The strength multiplies the areas.
+    """
+    k = args.attack_strength
+    return {"roa": round(30 / 112 * side * k**0.5), "af": max(5 * k * side // 112, 1),
+            "spa": k * max(round(100 * (side / 112) ** 2), 16)}
+
+
+def of_frames(x):
+    """(N,) of images, (N, T) of clips: every frame has a position of its own."""
+    return (len(x),) if x.ndim == 4 else (len(x), x.shape[2])
+
+
+def square_mask(corner, side, x):
+    """The squares with upper left corners `corner` (N, [T,] 2), boolean (N, 1, [T,] H, W)."""
+    at = corner.unsqueeze(-1)
+    rows, columns = ((i >= c) & (i < c + side) for i, c in (
+        (torch.arange(n, device=x.device), at[..., k, :]) for k, n in enumerate(x.shape[-2:])))
+    return (rows[..., :, None] & columns[..., None, :]).unsqueeze(1)
+
+
+def frame_mask(width, x):
+    """The border of every image, boolean (H, W)."""
+    mask = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device)
+    mask[width:-width, width:-width] = False
+    return mask
+
+
+def pixel_mask(count, x, generator):
+    """So many random pixels of every frame, boolean (N, 1, [T,] H, W)."""
+    score = torch.rand(*of_frames(x), x.shape[-2:].numel(), device=x.device, generator=generator)
+    mask = torch.zeros_like(score, dtype=torch.bool).scatter(-1, score.topk(count).indices, True)
+    return mask.unflatten(-1, x.shape[-2:]).unsqueeze(1)
+
+
+def search_corner(source, x, y, side, loss, candidates=20):
+    """Corners (N, [T,] 2) by gradient search (Wu et al. 2020, arXiv 1909.09552).
+
+    Of the windows with the largest squared gradient the one in which a grey square raises the loss most. In a clip the
+    k-th best windows of all frames are tried together.
+    """
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        (grad,) = torch.autograd.grad(LOSSES[loss](source(x).float(), y).sum(), x)
+    stride = max(side // 4, 1)
+    heat = grad.square().sum(1).reshape(-1, 1, *x.shape[-2:])
+    heat = F.avg_pool2d(heat / heat.flatten(1).amax(1).clamp_min(1e-30).view(-1, 1, 1, 1), side, stride)
+    best = heat.flatten(1).topk(min(candidates, heat[0].numel())).indices.T  # of every frame
+    corners = stride * torch.stack([best // heat.shape[-1], best % heat.shape[-1]], -1).unflatten(1, of_frames(x))
+    with torch.no_grad():
+        tried = [LOSSES[loss](source(x.masked_fill(square_mask(c, side, x), 0.5)).float(), y) for c in corners]
+    return corners[torch.stack(tried).argmax(0), torch.arange(len(x), device=x.device)]
+
+
+class Framed(nn.Module):
+    """One frame (1, 3, [T,] H, W) to the logits of all of x inside it: PGD on this network makes a universal frame."""
+
+    def __init__(self, source, x, mask):
+        super().__init__()
+        self.net = source.func if isinstance(source, partial) else source  # so that pgd sees its parameters and modes
+        self.source, self.x, self.mask = source, x, mask
+        self.training = False
+
+    def forward(self, frame):
+        return self.source(torch.where(self.mask, frame, self.x))
+
+
+def universal_frame(source, x, y, args, generator, steps=50, loss="ce"):
+    """One frame (1, 3, [T,] H, W) against all of x, from random; x are not the images of the test."""
+    mask = frame_mask(sizes(args, x.shape[-1])["af"], x)
+    return pgd(Framed(source, x, mask), torch.full_like(x[:1], 0.5), y, eps=1.0, step_size=0.05, steps=steps, mask=mask,
+               loss=loss, generator=generator)
+
+
+def craft(name, source, x, y, args, generator, steps=30, loss="ce", frame=None):
+    """x_adv for x (N, 3, [T,] H, W) by an attack of PHYSICAL on the model `source`; `frame` is the universal one.
+
+    Outside the ball of PGD a pixel may take every value: 30 steps of .05 from grey, from random (frame) or from black.
+    """
+    eps, size = args.eps or 8 / 255, sizes(args, x.shape[-1])
+    if name == "pgd":
+        return pgd(source, x, y, eps=eps, step_size=eps / 4, steps=min(steps, 20), norm=args.norm, loss=loss,
+                   generator=generator)
+    attack = partial(pgd, eps=1.0, step_size=0.05, steps=steps, loss=loss, generator=generator)
+    border = frame_mask(size["af"], x)
+    if name == "af":
+        return attack(source, x, y, mask=border)
+    if name == "af_universal":
+        return torch.where(border, frame, x)
+    if name == "spa":
+        mask, colour = pixel_mask(size["spa"], x, generator), 0.0
+    else:
+        mask, colour = None, 0.5
+        if name == "roa_search":
+            corner = search_corner(source, x, y, size["roa"], loss)
+        else:
+            corner = torch.randint(x.shape[-1] - size["roa"] + 1, (*of_frames(x), 2), device=x.device,
+                                   generator=generator)
+        mask = square_mask(corner, size["roa"], x)
+    return attack(source, x.masked_fill(mask, colour), y, mask=mask, random_start=False)
+
+
+def above(a, b):
+    """Is accuracy `a` above `b` (masks of the same images) by more than two standard errors?"""
+    return (a.sum() - b.sum()).item() > 2 * (a != b).sum().item() ** 0.5
+
+
+def evaluate_threats(net, x, y, known, args, part):
+    """Accuracies {row: {attack: accuracy}} and warnings; `part` samples at a time.  [D7]
+
+    Rows: `worst`, the per-image minimum of the others; threat model and loss; `no gradient`. All attack every image
+    that is right without an attack, at the same positions, so that rows can be compared. Universal frames are learned
+    on `known` (x, y).
+    """
+    sources = {"C": net}
+    if isinstance(net, ABNN):
+        sources = {"A": partial(net, detach=True), "B": net.twin, "C": net}
+    rows = {f"{threat} {loss}": (source, dict(loss=loss)) for threat, source in sources.items()
+            for loss in ("ce", "margin")}
+    rows["no gradient"] = (net, dict(steps=0))
+    clean = survivors(net, x, y, eps=0, steps=0, batch_size=part)
+    table, warnings = {"worst": {"clean": clean.sum().item() / len(y)}}, []
+    everything = clean
+    for name in PHYSICAL:
+        alive = {}
+        for row, (source, how) in rows.items():
+            if name == "roa_search" and row == "no gradient":
+                continue  # without a gradient there is no search
+            alive[row], generator = clean.clone(), torch.Generator(x.device).manual_seed(0)
+            if name == "af_universal":
+                how = {**how, "frame": universal_frame(source, *known, args, generator, **how)}
+            for i in clean.nonzero().squeeze(1).split(part) if clean.any() else ():
+                x_adv = craft(name, source, x[i], y[i], args, generator, **how)
+                with torch.no_grad():
+                    alive[row][i] = net(x_adv).argmax(1) == y[i]
+            table.setdefault(row, {})[name] = alive[row].sum().item() / len(y)
+        worst = torch.stack([*alive.values()]).all(0)
+        table["worst"][name], everything = worst.sum().item() / len(y), everything & worst
+        white = alive["C ce"] & alive["C margin"]
+        warnings += [f"{name}: the white box C leaves {white.float().mean():.3f}, but {row} {mask.float().mean():.3f}: "
+                     "the attack under C fails, and its accuracy is no evidence"
+                     for row, mask in alive.items() if row[0] != "C" and above(white, mask)]
+    table["worst"]["all"] = everything.sum().item() / len(y)
+    return table, warnings
+
+
+def verdict(table):
+    """What the full white box leaves, in a plain sentence."""
+    left = {name: min(table["C ce"][name], table["C margin"][name]) for name in PHYSICAL}
+    broken = [name for name in PHYSICAL if left[name] <= 0.02]
+    if not broken:
+        return f"the full white box (C) leaves at least {min(left.values()):.3f} under each attack"
+    shown = [row for row in table if row[:2] in ("A ", "B ") and any(table[row][name] > 0.1 for name in broken)]
+    return (f"nothing is left under the full white box (C) of {', '.join(broken)}"
+            + (f": what the rows {', '.join(shown)} show is attackers who do not follow the gradient through S, not "
+               "robustness" if shown else ""))
+
+
+def measure(net, x, y, eps, args, part):
+    """PGD-20 accuracy against eps: of the network, of threat model A, and of the twin."""
+    models = {"model": (net, net)}
+    if isinstance(net, ABNN):
+        models |= {"A": (net, partial(net, detach=True)), "twin": (net.twin, net.twin)}
+    grid, curves = [eps * f for f in (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 3 / 2, 2, 8)], {}
+    for name, (model, source) in models.items():
+        clean = survivors(model, x, y, eps=0, steps=0, batch_size=part)
+        left = {e: survivors(model, x, y, clean, eps=e, steps=20, norm=args.norm, source=source, batch_size=part)
+                for e in grid}
+        curves[name] = {f"{255 * e:.4g}": mask.sum().item() / len(y) for e, mask in left.items()}
+    return curves
+
+
+def seconds_per_epoch(args, d, device, steps, rounds=10):
+    """{defense: seconds}: the median of steps that the three take in turn. PGD-10 whatever --attack-steps is.  [D8]"""
+    runners, seconds, generator = {}, defaultdict(list), torch.Generator(device).manual_seed(0)
+    for defense in ("none", "at", "abnn"):
+        own = replace(args, defense=defense, attack_steps=10)
+        net = build(own, len(d.classes)).to(device, memory_format=torch.channels_last)
+        if args.compile:
+            net.compile()
+        runners[defense] = own, net, optimizer_of(net, own)
+    x, y = next(iter(batches_of(d, args, 0)))
+    for i in range(rounds + 2):
+        for defense, (own, net, optimizer) in runners.items():
+            started = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                loss, _, _ = training_loss(net, x, y, own, generator=generator)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss.item()  # waits for the device
+            if i >= 2:  # the first steps allocate, and compile
+                seconds[defense].append(time.perf_counter() - started)
+    result = {defense: steps * median(values) for defense, values in seconds.items()}
+    return result | {"at_over_abnn": result["at"] / result["abnn"]}
+
+
+def load(run, device="cpu", name="best.pt"):
+    """(net, args, state) of the checkpoint `name` in a run's folder, or of a .pt file; net in eval mode."""
+    path = Path(run, name) if Path(run).is_dir() else Path(run)
+    if not path.is_file():
+        raise data.UserError(f"there is no checkpoint {path}: name a run's folder or a .pt file (best.pt comes with "
+                             "the last stage, last.pt is there from the start)")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        if state["script"] != SCRIPT:
+            raise ValueError(f"it is of {state['script']}.py")
+        args = Args(**state["args"])
+        net = build(args, state["classes"])
+        net.load_state_dict(state["net"])
+    except Exception as error:  # whatever a damaged file or another architecture leads to
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise data.UserError(f"{path} is not a checkpoint that {SCRIPT}.py can use ({reason})") from None
+    return net.to(device, memory_format=torch.channels_last).eval(), args, state
+
+
+if __name__ == "__main__":
+    # Arguments. A run that is continued or evaluated brings its own.
+    args = tyro.cli(Args, description=__doc__)
+    run = args.resume or args.eval_only
+    if args.resume and args.eval_only:
+        raise data.UserError("--resume continues a run, --eval-only evaluates one: choose")
+    if run:
+        net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
+        args = tyro.cli(Args, description=__doc__, default=own)
+        free = ["resume", "eval_only", "device", "data_dir", "runs_dir", "compile"]
+        free += ["eps", "norm", "test_size", "attack_strength"] if args.eval_only else []
+        if changed := [k for k, v in asdict(own).items() if k not in free and getattr(args, k) != v]:
+            raise data.UserError(f"{run} had another value of {', '.join(changed)}: leave it out")
+    preset = {k: v for k, v in PRESETS[args.dataset][args.preset].items() if getattr(args, k) is None}
+    args = replace(args, **preset)
+    data.check(args, frames=(1, math.inf), clean_epochs=(1, math.inf), substitute_width=(1, math.inf),
+               align_weight=(0, math.inf))
+    video = args.dataset in VIDEO
+    if (args.arch in ("r3d18", "conv3d")) != video:
+        raise data.UserError(f"--arch {args.arch} is not for {args.dataset}: one is of images, the other of video")
+    if not run and args.defense == "abnn":
+        args, substitute = find_substitute(args)
+
+    # Data, network, optimizer.
+    device = data.device(args.device)
+    d = load_data(args, device)
+    x_test, y_test = data.to_float(d.test.x), d.test.y
+    side = SIZES.get(args.dataset, 32)
+    x_val, y_val = data.to_float(data.centre_clips(d.val.x, args.frames, side) if video else d.val.x), d.val.y
+    part = 16 if args.arch == "r3d18" else 500  # samples in a pass of the evaluation
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
+    torch.backends.cudnn.benchmark = True
+    net = (net if run else build(args, len(d.classes))).to(device, memory_format=torch.channels_last)
+    if not run and args.defense == "abnn":
+        assemble(net, args, d, device, substitute)
+    elif not run and args.substitute == "kinetics":
+        pretrained("kinetics", net)  # a start like that of the clean network beneath ABNN
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # modes, ends, precisions: beyond the limit it goes eager, silently
+        net.compile()
+    optimizer = optimizer_of(net, args)
+    steps = data.steps_per_epoch(len(d.train.y), args.batch_size)
+    eps_test = args.eps or 8 / 255  # an undefended network is tested like the others
+
+    # The run's folder.
+    progress = dict(epoch=0, best=-1.0, train_seconds=0.0, history={})
+    if run:
+        run_dir = Path(run) if Path(run).is_dir() else Path(run).parent
+        progress = {k: state[k] for k in progress}
+        optimizer.load_state_dict(state["optimizer"])
+    else:
+        run_dir = data.new_folder(args.runs_dir, f"{d.name}__{SCRIPT}__{args.seed}__{int(time.time())}")
+
+    def checkpoint(name):
+        data.save(run_dir / name, dict(script=SCRIPT, args=asdict(args), classes=len(d.classes), net=net.state_dict(),
+                                       optimizer=optimizer.state_dict(), **progress))
+
+    def interrupted(*_):
+        print(f"\ninterrupted; to continue after the last finished epoch: python {SCRIPT}.py --resume {run_dir}")
+        raise SystemExit(130)
+
+    signal.signal(signal.SIGINT, interrupted)
+    info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, **data.environment(device))
+    writer = None if args.eval_only else SummaryWriter(run_dir, purge_step=progress["epoch"] * steps + 1)
+    if not run:
+        data.save(run_dir / "args.json", {**info, "args": asdict(args)})
+        table = "\n".join(f"|{k}|{v}|" for k, v in {**info, **asdict(args)}.items())
+        writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + table)
+        checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
+    print(f"{run_dir}: {sum(p.numel() for p in net.parameters() if p.requires_grad):,} parameters to train, "
+          f"{info['device']}, {'clips' if video else 'images'} to train, validate and test: "
+          f"{len(d.train.y)}, {len(y_val)}, {len(y_test)}; preset: "
+          + ", ".join(f"{k} {v}" for k, v in preset.items()), flush=True)
+    if args.defense == "abnn" and args.substitute == "self":
+        print("note: the substitute learned from the same data as the target, with another seed: a weaker premise than "
+              "the paper's, whose substitute knows other data", flush=True)
+
+    # Training.
+    bar = tqdm(total=args.epochs * steps, initial=progress["epoch"] * steps, disable=not sys.stderr.isatty())
+    for epoch in range(progress["epoch"], 0 if args.eval_only else args.epochs):
+        started, sums = time.time(), defaultdict(float)
+        generator = torch.Generator(device).manual_seed(2_000_003 * args.seed + epoch)  # chance is (seed, epoch)'s
+        for i, (x, y) in enumerate(batches_of(d, args, epoch)):
+            t = epoch + (i + 0.5) / steps  # epochs, at the middle of the step
+            factor = set_lr(optimizer, t, args)
+            rise = min(1.0, t / args.eps_warmup_epochs) if args.eps_warmup_epochs else 1.0
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                loss, terms, logits = training_loss(net, x, y, args, rise, generator)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            for k, v in terms.items():  # the sums stay on the device: to read one here would stall it
+                sums[f"losses/{k}"] += v.detach() / steps
+            name = "train/robust_acc" if args.defense == "at" else "train/clean_acc"
+            sums[name] += (logits.argmax(1) == y).float().mean() / steps
+            bar.update()
+        scalars = {k: v.item() for k, v in sums.items()}
+        if not all(math.isfinite(v) for v in scalars.values()):
+            raise data.UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {args.lr:g}")
+        seconds = time.time() - started
+
+        # Validation, robust accuracy under the full white box.
+        net.eval()
+        clean = survivors(net, x_val, y_val, eps=0, steps=0, batch_size=part)
+        robust = survivors(net, x_val, y_val, clean, eps=eps_test, steps=10, norm=args.norm, batch_size=part)
+        val = {k: mask.sum().item() / len(mask) for k, mask in (("clean_acc", clean), ("robust_acc", robust))}
+        score = val["robust_acc" if args.defense == "at" else "clean_acc"]  # clean training chooses by clean accuracy
+        x_few, y_few, step = x_val[: min(256, 2 * part)], y_val[: min(256, 2 * part)], (epoch + 1) * steps
+        x_adv = pgd(net, x_few, y_few, eps=eps_test, step_size=eps_test / 4, steps=10, norm=args.norm,
+                    random_start=False)
+        speed = steps * min(args.batch_size, len(d.train.y)) / seconds
+        scalars |= {"charts/learning_rate": factor * args.lr,
+                    "charts/images_per_second": speed, "charts/epoch_seconds": time.time() - started}
+        scalars |= {f"val/{k}": v for k, v in val.items()}
+        scalars |= {f"attack/{k}": v for k, v in attack_metrics(net, x_few, y_few, x_adv).items()}
+        if args.defense == "abnn":  # how far the statistics of T are from those of S: does it learn to align them?
+            for kind, images in (("clean", x_few), ("adv", x_adv)):
+                with torch.no_grad():
+                    net(images, record=(record := []))
+                scalars[f"abnn/distance_{kind}"] = distance(record).item()
+                progress["history"].setdefault(f"distance_{kind}", []).append(scalars[f"abnn/distance_{kind}"])
+        for tag, value in scalars.items():
+            writer.add_scalar(tag, value, step)
+        frames = [v[:8, :, 0] if video else v[:8] for v in (x_few, x_adv, (0.5 + 10 * (x_adv - x_few)).clamp(0, 1))]
+        writer.add_image("attack/clean_adversarial_10x",
+                         torchvision.utils.make_grid(torch.cat(frames), nrow=len(frames[0])), step)
+        writer.flush()
+        progress.update(epoch=epoch + 1, train_seconds=progress["train_seconds"] + seconds)
+        if score > progress["best"]:
+            progress["best"] = score
+            checkpoint("best.pt")
+        checkpoint("last.pt")  # last of all: a run that dies before it repeats the epoch, and finds everything in place
+        shown = ", ".join(f"{k} {v:.3f}" for k, v in scalars.items() if k.startswith(("losses", "val")))
+        bar.write(f"epoch {epoch + 1}/{args.epochs}: {shown}, {speed:.0f} {'clips' if video else 'images'}/s")
+    bar.close()
+
+    # Final evaluation: the test split, for the first and only time.
+    torch.set_float32_matmul_precision("highest")  # in full float32, on a GPU too
+    torch.backends.cudnn.allow_tf32 = False
+    print(f"testing on {len(y_test)} {'clips' if video else 'images'} at eps {255 * eps_test:g}/255 ...", flush=True)
+    one = args.eval_only and not Path(run).is_dir()
+    others = [partial(net, detach=True), net.twin] if args.defense == "abnn" else ()
+    table = {}
+    for path in [Path(run)] if one else [run_dir / "best.pt", run_dir / "last.pt"]:
+        state = load(path, device)[2]
+        net.load_state_dict(state["net"])
+        net.eval()
+        if not table:
+            curves = measure(net, x_test, y_test, eps_test, args, part)
+            known = x_val[: min(100, 2 * part)], y_val[: min(100, 2 * part)]
+            threats, warnings = evaluate_threats(net, x_test, y_test, known, args, part)
+        same = [row for row in table.values() if row["epoch"] == state["epoch"]]  # the best epoch may be the last
+        if same:
+            table[path.stem] = same[0]
+            continue
+        rows = [(len(y), evaluate(net, x, y, eps_test, args.norm, others))  # in parts: a clip takes much memory
+                for x, y in zip(x_test.split(part), y_test.split(part))]
+        table[path.stem] = {"epoch": state["epoch"], **{
+            k: round(sum(n * row[k] for n, row in rows)) / len(y_test) for k in rows[0][1]}}
+    images = progress["epoch"] * steps * min(args.batch_size, len(d.train.y))
+    method = {"threats": threats, "warnings": warnings, "verdict": verdict(threats), "curves": curves,
+              "history": progress["history"], "sizes": sizes(args, side)}
+    if args.compare_cost and not args.eval_only:
+        method["seconds_per_epoch"] = seconds_per_epoch(args, d, device, steps)
+    data.save(run_dir / ("eval.json" if args.eval_only else "results.json"), {
+        **info, "eps": eps_test, "evaluated": len(y_test), "train_seconds": progress["train_seconds"],
+        "images_per_second": images / max(progress["train_seconds"], 1e-9), "checkpoints": table,
+        "robustness_curve": curves["model"], "method": method})
+    lines = [("checkpoint", *table[path.stem]), *((name, *row.values()) for name, row in table.items()), (),
+             ("PGD-20 at eps", *curves), *((f"{k}/255", *(c[k] for c in curves.values())) for k in curves["model"]), (),
+             (args.defense, "clean", *PHYSICAL, "all"),
+             *((row, *(values.get(k, "") for k in ("clean", *PHYSICAL, "all"))) for row, values in threats.items())]
+    if "seconds_per_epoch" in method:
+        cost = method["seconds_per_epoch"]
+        lines += [(), ("s per epoch", *cost), ("", *(round(v, 3) for v in cost.values()))]
+    print("\n".join("".join(f"{v:>14.3f}" if isinstance(v, float) else f"{v:>14}" for v in line) for line in lines))
+    print("\n".join([f"warning: {w}" for w in warnings] + [method["verdict"]]))
+    if writer:
+        end = progress["epoch"] * steps
+        points = [(f"test/{name}_{k}", v, end) for name, row in table.items() for k, v in row.items()]
+        points += [(f"test/{row.replace(' ', '_')}_{k}", v, end) for row, values in threats.items()
+                   for k, v in values.items()]
+        points += [(f"robustness_curve/{name}", v, float(k)) for name, row in curves.items() for k, v in row.items()]
+        for tag, value, x_axis in points:
+            writer.add_scalar(tag, value, round(x_axis))
+        writer.close()
+    print(f"written to {run_dir}; look at it with: tensorboard --logdir {run_dir.parent}")

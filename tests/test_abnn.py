@@ -1,0 +1,489 @@
+"""ABNN's layer, threat models and attacks against slow, independent versions; whole runs on images."""
+
+import json
+import shutil
+import signal
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from running import epochs_done, finished_in_process, in_process, same, start, wait_for, weights
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import abnn
+from common import data
+from common.pgd import survivors
+
+ARGS = abnn.Args(**{**abnn.DIGITS, "width": 4, "substitute_arch": "preactresnet8", "substitute_width": 4})
+CLIPS = abnn.Args(**{**abnn.MOVING, "width": 2, "substitute_arch": "conv3d", "substitute_width": 2},
+                  dataset="moving-digits")
+TINY = ("--train-size 400 --val-size 60 --test-size 10 --width 4 --epochs 2 --clean-epochs 1 --batch-size 100 "
+        "--attack-steps 1")
+
+
+def make(args=ARGS, **changes):
+    """A small ABNN whose BatchNorms have statistics and affines of their own."""
+    torch.manual_seed(0)
+    net = abnn.ABNN(replace(args, **changes), classes=8)
+    with torch.no_grad():
+        for m in net.modules():
+            if isinstance(m, nn.BatchNorm2d | nn.BatchNorm3d):
+                m.weight.uniform_(0.5, 1.5), m.bias.uniform_(-0.5, 0.5)
+                m.running_mean.uniform_(-0.5, 0.5), m.running_var.uniform_(0.5, 2)
+    return net.eval()
+
+
+def inputs(n=4, clips=False, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return torch.rand(n, 3, *([8] if clips else []), 32, 32, generator=g), torch.randint(0, 8, (n,), generator=g)
+
+
+@pytest.fixture(params=["images", "clips"])
+def kind(request):
+    """(args, x, y), once of images and once of clips."""
+    clips = request.param == "clips"
+    return CLIPS if clips else ARGS, *inputs(clips=clips)
+
+
+# --- The layer
+
+
+@pytest.mark.parametrize("statistics", ["flat", "channel"])
+@pytest.mark.parametrize("moments", ["sample", "batch"])
+def test_layer_is_its_equations(statistics, moments):
+    torch.manual_seed(0)
+    layer = abnn.AdaptiveBN(5, (3, 4, 2), statistics, moments)
+    layer.bn.weight.data.uniform_(0.5, 2), layer.bn.bias.data.uniform_(-1, 1)
+    layer.bn.running_mean.uniform_(-1, 1), layer.bn.running_var.uniform_(0.5, 2)
+    layer.bias.data.normal_()
+    layer.eval()
+    z, s = torch.randn(3, 5, 6, 7, requires_grad=True), (2 * torch.randn(3, 3, 4, 2) + 1).requires_grad_()
+    out, expected = layer(z, s), torch.zeros(3, 5, 6, 7)
+    for b in range(3):
+        values = (s[b] if moments == "sample" else s).flatten()
+        mean = values.sum() / len(values)
+        std = (((values - mean) ** 2).sum() / (len(values) - 1)) ** 0.5
+        f = s[b].flatten() if statistics == "flat" else torch.stack(
+            [s[b, c].mean() for c in range(3)] + [s[b, c].std() for c in range(3)])
+        for c in range(5):
+            gamma = (2 / len(f)) ** 0.5 * (layer.weight[c] * f).sum() + layer.bias[c]
+            beta = (2 / len(f)) ** 0.5 * (layer.weight[5 + c] * f).sum() + layer.bias[5 + c]
+            u = (z[b, c] - layer.bn.running_mean[c]) / (layer.bn.running_var[c] + layer.bn.eps).sqrt()
+            v = std * (u * layer.bn.weight[c] + layer.bn.bias[c]) + mean
+            expected[b, c] = gamma * v + beta
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    what, g = (z, s, layer.weight, layer.bias, layer.bn.weight, layer.bn.bias), torch.randn_like(out)
+    for ours, theirs in zip(torch.autograd.grad(out, what, g), torch.autograd.grad(expected, what, g)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_layer_with_neutral_statistics_is_batchnorm(clips):
+    """gamma 1, beta 0, std 1, mean 0: in training and in evaluation, on images and on clips."""
+    shape = (2, 4, 4, 4) if clips else (2, 8, 8)
+    layer = abnn.AdaptiveBN(6, shape, "flat", "sample")
+    plain = (nn.BatchNorm3d if clips else nn.BatchNorm2d)(6)
+    layer.weight.data.zero_()
+    s = torch.randn(5, *shape)
+    flat = s.flatten(1)
+    s = ((flat - flat.mean(1, keepdim=True)) / flat.std(1, keepdim=True)).view_as(s)
+    z = torch.randn(5, 6, *shape[1:]) * 3 + 2
+    for _ in range(2):
+        torch.testing.assert_close(layer(z, s), plain(z), rtol=1e-4, atol=1e-5)
+    layer.eval(), plain.eval()
+    torch.testing.assert_close(layer(z, s), plain(z), rtol=1e-4, atol=1e-5)
+
+
+def test_layer_starts_with_gamma_around_one_and_beta_around_zero():
+    torch.manual_seed(0)
+    layer = abnn.AdaptiveBN(2000, (8, 4, 4), "flat", "sample")
+    s = torch.randn(1, 8, 4, 4)
+    gamma, beta = F.linear(s.flatten(1), layer.weight * (2 / 128) ** 0.5, layer.bias).chunk(2, 1)
+    assert abs(gamma.mean() - 1) < 0.15 and abs(beta.mean()) < 0.15
+    assert gamma.std().item() == pytest.approx(2**0.5, rel=0.2)  # the equalised scale: twice the mean square of f
+
+
+# --- The network
+
+
+def test_groups_are_the_network():
+    x, _ = inputs()
+    clips, _ = inputs(clips=True)
+    for arch, width, images in (("preactresnet8", 4, x), ("preactresnet18", 4, x), ("wrn-34-10", 16, x),
+                                ("resnet18", None, x), ("conv3d", 2, clips), ("r3d18", None, clips[:1])):
+        net = abnn.plain_network(arch, width, 10).eval()
+        groups, head = abnn.groups_of(net, arch)
+        out = images
+        with torch.no_grad():
+            for group in groups:
+                out = group(out)
+            assert len(groups) == (4 if arch in ("preactresnet8", "wrn-34-10") else 5)
+            torch.testing.assert_close(head(out), net(images))
+
+
+def test_gradients_reach_the_input_through_both_networks_in_c_and_through_the_target_in_a(kind):
+    args, x, y = kind
+    net = make(args)
+
+    def gradient(model):
+        v = x.clone().requires_grad_()
+        return torch.autograd.grad(F.cross_entropy(model(v), y), v)[0]
+
+    through_both, through_target = gradient(net), gradient(partial(net, detach=True))
+    # Independently: S looks at another tensor of the same values.
+    copy, v = x.clone().requires_grad_(), x.clone().requires_grad_()
+    z, s = v, copy
+    for group, tap, norm in zip(net.groups, net.taps, net.norms):
+        z, s = group(z), tap(s)
+        z = norm(z, s)
+    of_target, of_substitute = torch.autograd.grad(F.cross_entropy(net.head(z), y), (v, copy))
+    torch.testing.assert_close(through_target, of_target, rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(through_both, of_target + of_substitute, rtol=1e-3, atol=1e-7)
+    assert of_substitute.abs().max() > 1e-6 and not torch.allclose(through_both, through_target, rtol=1e-2)
+    assert torch.equal(net(x), net(x, detach=True))  # the same network, only its gradient differs
+
+
+def test_prediction_does_not_depend_on_the_batch_with_moments_per_sample(kind):
+    args, x, _ = kind
+    for moments in ("sample", "batch"):
+        net = make(args, moments=moments)
+        x = x * torch.linspace(0.1, 1, len(x)).view(-1, *[1] * (x.ndim - 1))  # so that the samples differ
+        alone = torch.cat([net(x[i : i + 1]) for i in range(len(x))])
+        assert torch.allclose(net(x), alone, rtol=1e-4, atol=1e-5) == (moments == "sample")
+
+
+def test_training_moves_the_target_and_leaves_substitute_and_twin_alone(kind):
+    args, x, y = kind
+    net = make(args, align_weight=0.5)
+    optimizer = abnn.optimizer_of(net, args)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    for _ in range(2):
+        loss, terms, _ = abnn.training_loss(net, x, y, replace(args, align_weight=0.5))
+        torch.testing.assert_close(loss, terms["clean_ce"] + 0.5 * terms["distance"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for k, v in net.state_dict().items():
+        frozen = k.startswith(("substitute.", "twin."))
+        assert torch.equal(v, before[k]) == frozen, k
+    assert net.training and net.target.training and not net.substitute.training and not net.twin.training
+    groups = {id(p): group["peak"] for group in optimizer.param_groups for p in group["params"]}
+    assert all(id(p) in groups for p in net.parameters() if p.requires_grad)
+    for m in net.norms:
+        assert groups[id(m.weight)] == groups[id(m.bias)] == pytest.approx(args.lr / 10)
+        assert groups[id(m.bn.weight)] == args.lr
+
+
+def test_distance_is_its_definition():
+    torch.manual_seed(0)
+    record = [(torch.randn(3, 2, 4, 4), 2 * torch.randn(3, 5, 2, 2) + 1), (torch.rand(3, 4), torch.rand(3, 6))]
+    expected = sum(((z[i].mean() - s[i].mean()) ** 2 + (z[i].std() - s[i].std()) ** 2) / 3
+                   for z, s in record for i in range(3))
+    torch.testing.assert_close(abnn.distance(record), expected)
+
+
+def test_networks_with_different_numbers_of_taps_are_refused():
+    with pytest.raises(data.UserError, match="4 groups"):
+        make(arch="preactresnet18", width=2)
+
+
+# --- The attacks
+
+
+def test_sizes_are_those_of_the_papers():
+    at = {k: abnn.sizes(replace(ARGS, attack_strength=k), 112) for k in (1, 2, 4)}
+    assert [at[k]["af"] for k in (1, 2, 4)] == [5, 10, 20] and [at[k]["spa"] for k in (1, 2, 4)] == [100, 200, 400]
+    assert at[1]["roa"] == 30 and at[4]["roa"] == 60
+    assert abnn.sizes(ARGS, 32) == {"roa": 9, "af": 1, "spa": 16}
+
+
+@pytest.mark.parametrize("name", abnn.PHYSICAL)
+def test_attacks_keep_to_their_masks_and_to_the_box(name, kind):
+    args, x, y = kind
+    x = 0.25 + x / 2  # so that every pixel can be seen to change
+    net = make(args)
+    for steps in (3, 0):
+        if steps == 0 and name == "roa_search":
+            continue
+        g = torch.Generator().manual_seed(0)
+        frame = abnn.universal_frame(net, x, y, args, g, steps=steps)
+        x_adv = abnn.craft(name, net, x, y, args, g, steps=steps, frame=frame)
+        changed = (x_adv != x).any(1)  # (N, [T,] H, W)
+        changed = changed if changed.ndim == 4 else changed[:, None]
+        assert x_adv.shape == x.shape and 0 <= x_adv.min() and x_adv.max() <= 1
+        if name == "pgd":
+            assert (x_adv - x).abs().max() <= args.eps + 1e-6 and changed.float().mean() > 0.9
+        elif name.startswith("af"):
+            border = torch.ones(32, 32, dtype=torch.bool)
+            border[1:31, 1:31] = False
+            assert not (changed & ~border).any() and changed[..., border].float().mean() > 0.99
+            if name == "af_universal":  # one frame for all
+                assert (x_adv[..., border] == x_adv[:1, ..., border]).all()
+        elif name == "spa":
+            assert (changed.sum((2, 3)) == 16).all()
+            assert changed.shape[1] == 1 or (changed[:, 0] != changed[:, 1]).any()
+            if steps == 0:
+                assert (x_adv.movedim(1, -1)[(x_adv != x).any(1)] == 0).all()
+        else:
+            for one in changed.flatten(0, 1):
+                i, j = one.nonzero().T
+                assert one.sum() > 72 and i.max() - i.min() < 9 and j.max() - j.min() < 9
+            if steps == 0:
+                assert (x_adv.movedim(1, -1)[(x_adv != x).any(1)] == 0.5).all()
+
+
+def test_no_gradient_twins_need_no_gradient():
+    class Blocked(nn.Module):
+        def forward(self, x):
+            raise AssertionError("the model was asked")
+
+    x, y = inputs()
+    g = torch.Generator().manual_seed(0)
+    for name in ("pgd", "roa", "af", "spa"):
+        assert (abnn.craft(name, Blocked().eval(), x, y, ARGS, g, steps=0) != x).any()
+    abnn.universal_frame(Blocked().eval(), x, y, ARGS, g, steps=0)
+
+
+class Sensitive(nn.Module):
+    """Two logits: the second counts how far the pixels of a planted square (in frame t of its own) are from 1."""
+
+    def __init__(self, corners, like):
+        super().__init__()
+        self.register_buffer("mask", abnn.square_mask(corners, 9, like).float())
+
+    def forward(self, x):
+        away = ((1 - x) * self.mask).flatten(1).sum(1) / self.mask[0].sum()
+        return torch.stack([torch.zeros_like(away), away + 0.001 * (1 - x).flatten(1).mean(1)], 1)
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_gradient_search_finds_a_planted_square(clips):
+    x = torch.ones(3, 3, *([4] if clips else []), 32, 32)
+    corners = 2 * torch.randint(0, 12, (3, *([4] if clips else []), 2), generator=torch.Generator().manual_seed(3))
+    net, y = Sensitive(corners, x).eval(), torch.zeros(3, dtype=torch.long)
+    found = abnn.search_corner(net, x, y, 9, "ce")
+    assert found.shape == corners.shape and torch.equal(found, corners)
+    broken = abnn.craft("roa_search", net, x, y, ARGS, torch.Generator().manual_seed(0))
+    assert (net(broken)[:, 1] > net(x)[:, 1] + 0.9).all()
+
+
+def test_search_and_masks_count_rows_and_columns_in_that_order():
+    x = torch.zeros(1, 3, 32, 32)
+    mask = abnn.square_mask(torch.tensor([[3, 20]]), 5, x)
+    assert mask.shape == (1, 1, 32, 32) and mask.sum() == 25 and mask[0, 0, 3:8, 20:25].all()
+
+
+@pytest.fixture(scope="module")
+def undefended():
+    """A plainly trained network and test images."""
+    d = data.load("digits", train_size=3000, val_size=200, test_size=40)
+    args = replace(ARGS, defense="none", batch_size=32)
+    torch.manual_seed(0)
+    net = abnn.build(args, 10)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9)
+    for x, y in abnn.batches_of(d, args, 0):
+        optimizer.zero_grad()
+        abnn.training_loss(net, x, y, args)[0].backward()
+        optimizer.step()
+    known = data.to_float(d.val.x[:40]), d.val.y[:40]
+    return net.eval(), data.to_float(d.test.x), d.test.y, known, args
+
+
+def test_an_undefended_network_falls_under_every_attack(undefended):
+    """The calibration: an attack that a plain network survives would say nothing of a defense."""
+    net, x, y, known, args = undefended
+    table, warnings = abnn.evaluate_threats(net, x, y, known, replace(args, attack_strength=4), part=500)
+    assert table["worst"]["clean"] > 0.5
+    assert set(table) == {"worst", "C ce", "C margin", "no gradient"}
+    for name in abnn.PHYSICAL:
+        limit = 0.5 * table["worst"]["clean"] if name == "af_universal" else 0.15  # one frame for all is weaker
+        assert table["worst"][name] <= limit, name
+        assert table["worst"][name] <= min(row[name] for row in table.values() if name in row)
+    assert table["worst"]["all"] <= min(table["worst"][name] for name in abnn.PHYSICAL)
+    assert not warnings and abnn.verdict(table).startswith("nothing is left")
+
+
+def test_table_of_threats_agrees_with_pgd_alone(undefended, monkeypatch):
+    monkeypatch.setattr(abnn, "PHYSICAL", ("pgd",))
+    net, x, y, known, args = undefended
+    table, _ = abnn.evaluate_threats(net, x, y, known, replace(args, eps=2 / 255), part=500)
+    clean = survivors(net, x, y, eps=0, steps=0)
+    for loss in ("ce", "margin"):
+        expected = survivors(net, x, y, clean, eps=2 / 255, steps=20, loss=loss).float().mean().item()
+        assert table[f"C {loss}"]["pgd"] == pytest.approx(expected)
+
+
+def test_a_white_box_that_fails_is_warned_of(undefended, monkeypatch):
+    """A network with a vanishing gradient in C, and its true one in A: what a failed attack looks like."""
+    monkeypatch.setattr(abnn, "PHYSICAL", ("pgd",))
+    net, x, y, known, args = undefended
+
+    class Hidden(abnn.ABNN):
+        def __init__(self):
+            nn.Module.__init__(self)
+            self.net, self.twin = net, net
+
+        def forward(self, x, detach=False):
+            return self.net(x) if detach else self.net(x.detach() + 0 * x)
+
+        def train(self, mode=True):
+            return nn.Module.train(self, mode)
+
+    _, warnings = abnn.evaluate_threats(Hidden().eval(), x, y, known, args, part=500)
+    assert any(w.startswith("pgd: the white box C leaves") and "A ce" in w for w in warnings)
+
+
+def test_verdict_says_what_is_left():
+    row = dict.fromkeys(abnn.PHYSICAL, 0.0)
+    table = {"worst": row, "A ce": {**row, "pgd": 0.5}, "A margin": row, "B ce": row, "C ce": row, "C margin": row}
+    assert "nothing is left" in abnn.verdict(table) and "rows A ce show" in abnn.verdict(table)
+    strong = dict.fromkeys(abnn.PHYSICAL, 0.4)
+    assert abnn.verdict({**table, "C ce": strong, "C margin": strong}).endswith("at least 0.400 under each attack")
+
+
+# --- Runs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def tiny(runs):
+    (runs / "substitutes").mkdir()  # or it would count as a new run
+    return finished_in_process(TINY + " --compare-cost", runs, "abnn.py")
+
+
+def test_a_run_leaves_its_results(tiny, runs):
+    run, output = tiny
+    results = json.loads((run / "results.json").read_text())
+    assert {p.name for p in run.iterdir() if "tfevents" not in p.name} == {
+        "args.json", "best.pt", "last.pt", "results.json"}
+    method = results["method"]
+    assert set(method["threats"]) == {"worst", "no gradient", *(f"{t} {k}" for t in "ABC" for k in ("ce", "margin"))}
+    for row in method["threats"].values():
+        assert all(0 <= v <= 1 for v in row.values())
+    cost = method["seconds_per_epoch"]
+    assert cost["at"] > cost["abnn"] > 0 and cost["at_over_abnn"] == pytest.approx(cost["at"] / cost["abnn"])
+    assert method["verdict"] in output and "weaker premise" in output and "s per epoch" in output
+    for row in results["checkpoints"].values():
+        assert set(row) == {"epoch", "clean", "fgsm", "pgd20", "pgd50_margin", "targeted", "transfer", "worst"}
+    assert len(list((runs / "substitutes").glob("*.pt"))) == 2
+    events = EventAccumulator(str(run), size_guidance={"images": 0}).Reload()
+    assert {"abnn/distance_clean", "test/C_margin_pgd", "losses/clean_ce"} <= set(events.Tags()["scalars"])
+
+
+def test_the_checkpoint_can_be_evaluated_anywhere(tiny, runs, tmp_path, capsys):
+    run, _ = tiny
+    results = json.loads((run / "results.json").read_text())
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(run, copy)
+    status, error = in_process(f"--eval-only {copy}", capsys, tmp_path / "none", "abnn.py")
+    assert status == 0, error
+    again = json.loads((copy / "eval.json").read_text())
+    assert again["checkpoints"] == results["checkpoints"]
+    assert again["method"]["threats"] == results["method"]["threats"]
+    net, args, _ = abnn.load(copy)
+    assert isinstance(net, abnn.ABNN) and not net.training and args.substitute == "self"
+
+
+def test_substitutes_are_kept_and_a_changed_file_is_refused(tiny, runs, capsys, tmp_path):
+    files = {p.name: p.stat().st_mtime_ns for p in (runs / "substitutes").iterdir()}
+    folder, output = finished_in_process(TINY.replace("--epochs 2", "--epochs 1"), runs, "abnn.py")
+    assert {p.name: p.stat().st_mtime_ns for p in (runs / "substitutes").iterdir()} == files
+    assert "clean training" not in output
+    shutil.copytree(runs / "substitutes", tmp_path / "substitutes")
+    for path in (tmp_path / "substitutes").iterdir():
+        state = torch.load(path, weights_only=True)
+        torch.save({**state, "key": "other"}, path)
+    status, error = in_process(TINY, capsys, tmp_path, "abnn.py")
+    assert status == 2 and "delete it to train it again" in error and "\n" not in error
+    for path in (tmp_path / "substitutes").iterdir():
+        path.write_bytes(path.read_bytes()[:1000])
+    status, error = in_process(TINY, capsys, tmp_path, "abnn.py")
+    assert status == 2 and "is not a checkpoint" in error and "\n" not in error
+
+
+def test_a_run_starts_from_the_clean_target_and_a_run_can_be_the_substitute(tiny, runs):
+    plain, _ = finished_in_process(TINY + " --defense none", runs, "abnn.py")
+    run, output = finished_in_process(f"{TINY} --epochs 1 --substitute {plain} --align-weight 0.1 --statistics channel "
+                                      "--moments batch --bf16", runs, "abnn.py")
+    net, args, _ = abnn.load(run)
+    other, _, _ = abnn.load(plain)
+    kept = {k: v for k, v in other.state_dict().items() if not k.startswith("fc.")}
+    assert same(net.substitute.state_dict(), kept) and args.substitute_width == 4
+    clean = next((runs / "substitutes").glob("digits__preactresnet8__1__*.pt"))
+    assert same(abnn.load(tiny[0])[0].twin.state_dict(), weights(clean))
+    assert "weaker premise" not in output
+
+
+def test_adversarial_training_runs_and_has_a_white_box_only(runs):
+    run, output = finished_in_process(TINY + " --epochs 1 --defense at", runs, "abnn.py")
+    assert set(json.loads((run / "results.json").read_text())["method"]["threats"]) == {
+        "worst", "C ce", "C margin", "no gradient"}
+
+
+def test_killed_it_resumes_to_the_same_bits(tiny, runs):
+    known = set(runs.glob("*"))
+    process = start(TINY + " --compare-cost", runs, "abnn.py")
+    run = wait_for(runs, known, lambda r: epochs_done(r) >= 1, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished_in_process(f"--resume {run}", runs, "abnn.py")
+    assert same(weights(tiny[0] / "last.pt"), weights(run / "last.pt"))
+    first, second = (json.loads((r / "results.json").read_text()) for r in (tiny[0], run))
+    assert first["checkpoints"] == second["checkpoints"]
+    assert first["method"]["threats"] == second["method"]["threats"]
+    assert first["method"]["history"] == second["method"]["history"]
+
+
+REFUSED = {
+    "--eps 8": "did you mean 8/255?",
+    "--align-weight -1": "--align-weight must be at least 0",
+    "--clean-epochs 0": "--clean-epochs must be at least 1",
+    "--arch conv3d": "--arch conv3d is not for digits",
+    "--dataset moving-digits --arch preactresnet8": "is not for moving-digits",
+    "--dataset moving-digits --frames 5": "--frames 5: the clips of moving-digits have 8",
+    "--substitute digits": "--substitute digits is not for digits",
+    "--substitute kinetics": "does not fit digits: one is of images",
+    "--substitute imagenet --substitute-width 8": "leave them out",
+    "--substitute imagenet": "S (resnet18) has 5 groups and T (preactresnet8) has 4",
+    "--substitute /nowhere": "there is no checkpoint /nowhere",
+    "--substitute-arch preactresnet18": "choose two architectures with the same number",
+    "--resume a --eval-only b": "choose",
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_bad_input_is_refused_in_one_line_before_any_work(arguments, capsys, tmp_path):
+    status, error = in_process(arguments, capsys, tmp_path, "abnn.py")
+    assert status == 2 and error.startswith("error: ") and REFUSED[arguments] in error and "\n" not in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_cannot_be_downloaded_are_one_line(monkeypatch, capsys, tmp_path):
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    arguments = TINY.replace("--width 4", "--width 2") + " --arch preactresnet18 --substitute imagenet"
+    status, error = in_process(arguments, capsys, tmp_path, "abnn.py")
+    assert status == 2 and "no network" in error and "resnet18" in error and "\n" not in error
+
+
+def test_torchvision_s_weights_fit_the_groups(monkeypatch):
+    """With made-up weights in the place of the downloaded ones: every tensor of the groups gets its own."""
+    for name, arch, model in (("imagenet", "resnet18", "resnet18"), ("kinetics", "r3d18", "r3d_18")):
+        from torchvision.models import get_model, get_weight
+
+        source = get_model(model)
+        monkeypatch.setattr(type(get_weight(abnn.PRETRAINED[name][1])), "get_state_dict",
+                            lambda *args, source=source, **kwargs: source.state_dict())
+        net = abnn.pretrained(name, abnn.GroupNet(arch, None, 5)).eval()
+        source.fc, net.fc = nn.Identity(), nn.Identity()
+        x = torch.rand(1, 3, *([4] if name == "kinetics" else []), 32, 32)
+        torch.testing.assert_close(net(x), source.eval()((x - net.mean) / net.std))

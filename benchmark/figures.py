@@ -6,6 +6,11 @@
     robustness_curve.png  accuracy against the strength of the attack, and the worst case over all attacks
     weights.png           fusing weights that a run of afa.py predicts, for each layer
     statistics.png        how far an attack shifts the statistics of the features, for each layer
+    features.png          contributing features that a class is inferred from, over the epochs of a run of aalp.py
+    conflicts.png         share of samples whose pairing works against the classification, over its epochs
+    sample_weights.png    how much each sample is paired, and what guided dropout tells about the label
+    steps.png             accuracy against the steps of the attack, and
+    loss_surface.png      the loss around test images, both after benchmark/audit.py
     training.png          losses, validation accuracies and learning rate, from the TensorBoard events
     examples.png          test images, attacked, and what the attack added; needs the checkpoint and the data set
 """
@@ -48,6 +53,19 @@ class Args:
     labels: list[str] | None = None  # a name for each run (None: the method's, with the seed where two are alike)
 
 
+def aalp_label(args):
+    """What a run of aalp.py is, from what its switches do and not from `--method`, which sets them."""
+    dropout, weight = args["guided_dropout"], args["sample_weight"]
+    if args["control_of"]:
+        return "ALP control"
+    if (dropout, weight) == ("low", "clean") and args["pairing_weight"]:
+        return "AALP"
+    parts = ["ALP" if args["pairing_weight"] else "AT"]
+    parts += ["dropout" + f" ({dropout})" * (dropout != "low")] * (dropout != "none")
+    parts += ["weights" + f" ({weight})" * (weight != "clean")] * (weight != "none")
+    return " + ".join(parts)
+
+
 class Run:
     """What a run's folder says; `method` is the part of results.json that is particular to the script."""
 
@@ -59,12 +77,17 @@ class Run:
                 raise data.UserError(f"the run has not finished: {path} has no results.json; "
                                      f"to continue it: python {info['script']}.py --resume {path}")
             self.args, self.results = info["args"], json.loads((self.path / "results.json").read_text())
+            audit = self.path / "audit.json"
+            self.audit = json.loads(audit.read_text()) if audit.exists() else {}
         except (OSError, ValueError) as error:
             raise data.UserError(f"{path} is not the folder of a run: {error}") from None
         self.method, self.eps = self.results.get("method", {}), 255 * self.results["eps"]
         self.strengths = 255 * np.array(self.method.get("strengths", []))
+        self.history = self.method.get("history", {})
+        self.epochs = range(1, 1 + len(self.history.get("n50_map_clean", [])))
         self.learned = len({w for row in self.method.get("weight_mean", []) for w in row}) > 1  # or w is constant
         kind = "PGD-AT" if self.args.get("bn") == "single" else self.results["script"].upper().replace("_", "-")
+        kind = aalp_label(self.args) if kind == "AALP" else kind
         self.label = kind if self.args["eps"] else "undefended"
         self.eps_label = "eps (1/255)" + ", L2 norm" * (self.args.get("norm") == "l2")
 
@@ -79,6 +102,7 @@ def robustness_curve(runs):
     fig, ax = plt.subplots(figsize=(12, 6.5))
     notes = [f"Of {both(run.results['evaluated'] for run in runs)} test images; bands: ± one standard error"]
     end = max(float(k) for run in runs for k in run.results["robustness_curve"] if float(k) < 4 * run.eps)
+    far = {}  # what lies beyond
 
     def line(curve, label, **style):
         x, y = np.array(sorted((float(k), 100 * v) for k, v in curve.items() if float(k) <= end)).T
@@ -90,7 +114,9 @@ def robustness_curve(runs):
         x, y = line(curve, run.label + ", learned w" * run.learned, **look)
         error = (y * (100 - y) / run.results["evaluated"]) ** 0.5
         ax.fill_between(x, y - error, y + error, color=run.color, alpha=0.15, linewidth=0)
-        notes += [f"{run.label} at eps {k}/255, not drawn: {100 * v:.1f} %" for k, v in curve.items() if float(k) > end]
+        for k, v in curve.items():
+            if float(k) > end:
+                far.setdefault(k, []).append(f"{run.label} {100 * v:.1f} %")
         worst = 100 * run.results["checkpoints"]["best"]["worst"]
         ax.plot(run.eps, worst, linestyle="none", marker="*", markersize=18, color=run.color, markeredgecolor="white",
                 zorder=5, clip_on=False, label=f"{run.label}, worst case over\nall attacks at eps: {worst:.1f} %")
@@ -101,6 +127,7 @@ def robustness_curve(runs):
             elif name in ("w=0", "w=1"):  # thin: the ends of one run, not rivals of the others
                 look = dict(color=run.color, linewidth=1.2, linestyle="--" if name == "w=0" else ":")
                 line(others[name], f"{run.label}, {FIXED[name]}", **look)
+    notes += [f"at eps {k}/255, not drawn: {', '.join(values)}" for k, values in far.items()]
     for eps in (trained := sorted({round(run.eps, 4) for run in runs if run.args["eps"]})):
         ax.axvline(eps, color="0.35", linewidth=1.2)
         ax.text(eps, 101, f"eps_max = {eps:g}", ha="center", va="bottom", fontsize=10)
@@ -161,6 +188,156 @@ def statistics(runs):
             ax.set(xlim=(0, run.strengths[-1]), ylim=(0, None), xlabel=run.eps_label, ylabel="shift (norm)")
     fig.suptitle(f"{both(run.results['dataset'] for run, _, _ in rows)}: how an attack shifts the feature statistics "
                  "of each layer\n(means in running standard deviations; each panel has its own scale)")
+    return fig
+
+
+def over_epochs(fig, axes, runs, panels):
+    """Lines of `history` over the epochs. `panels`: a title, and the keys of its lines: solid, then dashed."""
+    for ax, (title, keys) in zip(axes.flat, panels.items()):
+        for run in runs:
+            for key, dashed in zip(keys, (False, True)):
+                look = dict(linestyle="--", fillstyle="none") if dashed else dict(label=run.label)
+                ax.plot(run.epochs, run.history[key], color=run.color, marker=run.marker, linewidth=1.8, markersize=5,
+                        clip_on=False, **look)
+        ax.set_title(title)
+        ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        ax.set(xlim=(1, max(2, max(len(run.epochs) for run in runs))))
+    for ax in axes[-1]:
+        ax.set_xlabel("epoch")
+    fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside right center", labelspacing=0.9)
+
+
+def features(runs):
+    """O1 of AALP: how few features say what the class is, of the pooled features and of the last map's positions."""
+    if not (runs := [run for run in runs if run.epochs]):
+        return "no run has counted the features that contribute to a class"
+    fig, axes = plt.subplots(2, 2, figsize=(13, 8.5), sharex=True)
+    counted = {"n50": "n50: contribute more than\nhalf of what the largest does",
+               "n90": "n90: the fewest that make up\n90 % of the positive ones"}
+    levels = {"features": "pooled features", "map": "positions of the last map"}
+    over_epochs(fig, axes, runs, {f"{n} of the {name}": (f"{n}_{level}_clean", f"{n}_{level}_adv")
+                                  for n in counted for level, name in levels.items()})
+    for row, words in zip(axes, counted.values()):
+        row[0].set_ylabel(words)
+        for ax in row:
+            ax.set_ylim(0, None)
+    fig.suptitle(f"{both(run.results['dataset'] for run in runs)}: features that an image's class is inferred from, "
+                 "mean over images\nsolid: clean images; dashed, hollow markers: adversarial images")
+    return fig
+
+
+def conflicts(runs):
+    """O2 of AALP: how often the gradient of the pairing is at odds with that of the classification."""
+    if not (runs := [run for run in runs if run.epochs and run.args["eps"] and run.args["pairing_weight"]]):
+        return "no run pairs logits"
+    fig, axes = plt.subplots(2, 2, figsize=(13, 8.5), sharex=True, sharey=True)
+    kinds = {"conflicting": "conflicting: <g_ce, g_lp> < 0",
+             "overemphasised": "over-emphasised: <g_ce, g_ce + g_lp> < 0"}
+    levels = {"logits": "clean logits", "parameters": "parameters"}
+    over_epochs(fig, axes, runs, {f"{words}\ngradients of the {name}": (f"{kind}_{level}",)
+                                  for kind, words in kinds.items() for level, name in levels.items()})
+    for ax in axes[:, 0]:
+        ax.set(ylim=(0, 1), ylabel="share of samples")  # shared with the right column
+        ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
+    fig.suptitle(f"{both(run.results['dataset'] for run in runs)}: samples whose pairing works against the "
+                 "classification")
+    return fig
+
+
+def sample_weights(runs):
+    """Distribution of the pairing's weight w in each epoch, and how much the dropout masks give the label away."""
+    runs = [run for run in runs if run.epochs and run.args["eps"]]
+    weighted = [run for run in runs if run.args["sample_weight"] != "none" and run.args["pairing_weight"]]
+    leaking = [run for run in runs if run.args["guided_dropout"] != "none"]
+    if not weighted and not leaking:
+        return "no run weighs the pairing or drops features"
+    count = len(weighted) + bool(leaking)
+    fig, axes = plt.subplots(count, figsize=(11, 1 + 3.8 * count), squeeze=False)
+    for (ax,), run in zip(axes, weighted):
+        bins = np.array(run.history["weight_bins"])
+        share = 100 * bins / bins.sum(1, keepdims=True)
+        edges = np.arange(len(bins) + 1) + 0.5
+        scale = matplotlib.colors.PowerNorm(0.5, 0, share.max())  # or the first epoch would hide the others
+        mesh = ax.pcolormesh(edges, np.linspace(0, 1, bins.shape[1] + 1), share.T, cmap="Blues", norm=scale)
+        fig.colorbar(mesh, ax=ax, pad=0.015, label="samples, in %")
+        line = dict(color="white", linewidth=5), dict(color=COLORS[1], linewidth=2.4, marker="o", label="mean w")
+        for look in line:  # the white one is its outline
+            ax.plot(run.epochs, run.history["sample_weight"], clip_on=False, **look)
+        ax.set(title=f"{run.label}: weight w of the pairing (--sample-weight {run.args['sample_weight']}), "
+                     f"mean over all epochs {np.mean(run.history['sample_weight']):.2f}", ylim=(0, 1), ylabel="w")
+        ax.legend(loc="lower right", frameon=True)
+        ax.grid(False)
+    for ax in axes[len(weighted):, 0]:
+        for run in leaking:
+            ax.plot(run.epochs, 100 * np.array(run.history["label_leak"]), label=run.label, color=run.color,
+                    marker=run.marker, linewidth=1.8, clip_on=False)
+        ax.axhline(0, color="0.35", linewidth=1.2)
+        ax.set(title="label leak: training accuracy with the dropout mask minus without it", ylabel="points, of 100")
+        ax.legend(loc="lower right")
+        ax.set_xlim(0.5, max(len(run.epochs) for run in runs) + 0.5)
+    for ax in axes[:, 0]:
+        ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        ax.set_xlabel("epoch")
+    fig.suptitle(f"{both(run.results['dataset'] for run in dict.fromkeys(weighted + leaking))}: adaptive sample "
+                 "weights and guided dropout")
+    return fig
+
+
+def steps(runs):
+    """Accuracy against the steps of one long attack: what still falls at its end has not been measured yet."""
+    if not (runs := [run for run in runs if run.audit.get("steps_curve")]):
+        return "no run has a curve over the steps of an attack: benchmark/audit.py makes it"
+    fig, ax = plt.subplots(figsize=(12, 6.5))
+    for run in runs:
+        for loss, points in run.audit["steps_curve"]["accuracy"].items():
+            x, y = [int(k) for k in points], [100 * v for v in points.values()]
+            look = dict(linestyle="-") if loss == "ce" else dict(linestyle="--", fillstyle="none")
+            ax.plot(x, y, color=run.color, marker=run.marker, linewidth=2, markersize=7, clip_on=False,
+                    label=f"{run.label}, {dict(ce='cross-entropy').get(loss, loss)}", **look)
+    ticks = sorted({int(k) for run in runs for k in run.audit["steps_curve"]["accuracy"]["ce"]})
+    ax.set(xscale="log", xlim=(1, max(*ticks, 2)), ylim=(0, 100), xlabel="steps of PGD, from the image itself",
+           ylabel="accuracy: fooled at no step so far")
+    ax.set_xticks(ticks, ticks)
+    ax.minorticks_off()
+    ax.yaxis.set_major_formatter("{x:g} %")
+    ax.set_title(f"{both(run.results['dataset'] for run in runs)}: accuracy against the number of steps", pad=14)
+    fig.legend(loc="outside right center", labelspacing=0.9)
+    notes = [f"{run.label} {100 * run.audit['worst']:.1f} % of {run.audit['evaluated']}" for run in runs]
+    used = [both(f"{255 * run.audit['eps']:.4g}/255" for run in runs),
+            both(run.audit["steps_curve"]["evaluated"] for run in runs)]
+    text = "eps {}, the first {} test images; worst case of the whole audit: ".format(*used) + ", ".join(notes)
+    fig.supxlabel(fill(text, 150), fontsize=10)
+    return fig
+
+
+def loss_surface(runs):
+    """Cross-entropy around test images. Masked gradients show: no rise to the right, ripples, or more rise upwards."""
+    if not (runs := [run for run in runs if run.audit.get("surface")]):
+        return "no run has a loss surface: benchmark/audit.py makes it"
+    columns = max(len(run.audit["surface"]["loss"]) for run in runs)
+    fig, axes = plt.subplots(len(runs), columns, figsize=(13, 1.4 + 3 * len(runs)), sharex=True, sharey=True,
+                             squeeze=False)
+    for row, run in zip(axes, runs):
+        row[0].set_ylabel(f"{run.label}\nrandom signs")
+        for ax, image, loss in zip(row, run.audit["surface"]["images"], run.audit["surface"]["loss"]):
+            loss = np.array(loss)  # rows: along the gradient
+            at, middle = np.linspace(-1, 1, len(loss)), len(loss) // 2
+            along, across = (max(ends) - loss[middle, middle] for ends in (loss[-1:, middle], loss[middle, [0, -1]]))
+            filled = ax.contourf(at, at, loss.T, 14, cmap="cividis")
+            ax.contour(at, at, loss.T, 14, colors="white", linewidths=0.5, alpha=0.6)
+            bar = fig.colorbar(filled, ax=ax, pad=0.03, shrink=0.9)
+            bar.ax.tick_params(labelsize=8)
+            bar.locator = matplotlib.ticker.MaxNLocator(5)
+            bar.update_ticks()
+            ax.plot(0, 0, marker="+", color="white", markersize=11, markeredgewidth=2)
+            ax.set_title(f"image {image}: to the right {along:+.2g},\nup or down at most {across:+.2g}", fontsize=9.5)
+            ax.set(xticks=(-1, 0, 1), yticks=(-1, 0, 1), aspect="equal")
+            ax.grid(False)
+    for ax in axes[-1]:
+        ax.set_xlabel("gradient's sign")
+    sizes = both(f"eps = {255 * run.audit['eps']:.4g}/255" for run in runs)
+    fig.suptitle(f"{both(run.results['dataset'] for run in runs)}: cross-entropy around test images (axes in units of "
+                 f"{sizes}; each panel has its own scale)")
     return fig
 
 
@@ -235,7 +412,8 @@ if __name__ == "__main__":
         name = run.label + f", seed {run.results['seed']}" * (names.count(run.label) > 1)
         run.label, run.color, run.marker = args.labels[i] if args.labels else name, COLORS[i], MARKERS[i]
     out = Path(args.out or ("figures" if len(runs) > 1 else runs[0].path))
-    for draw in (robustness_curve, weights, statistics, training, examples):
+    for draw in (robustness_curve, weights, statistics, features, conflicts, sample_weights, steps, loss_surface,
+                 training, examples):
         figure, path = draw(runs), out / f"{draw.__name__}.png"
         if isinstance(figure, str):
             print("warning: " * (draw is examples) + f"no {path.name}: {figure}", flush=True)
@@ -243,8 +421,8 @@ if __name__ == "__main__":
         try:
             out.mkdir(parents=True, exist_ok=True)
             figure.savefig(path)
-            if draw is not examples:  # lines need few colours, and so a third of the bytes
-                Image.open(path).convert("RGB").quantize(64, dither=0).save(path)
+            if draw not in (sample_weights, loss_surface, examples):  # lines need few colours: a third of the bytes
+                Image.open(path).convert("RGB").quantize(256, dither=0).save(path)
         except OSError as error:
             raise data.UserError(f"{path} cannot be written: {error}") from None
         print(f"wrote {path}", flush=True)

@@ -9,6 +9,9 @@
     features.png          contributing features that a class is inferred from, over the epochs of a run of aalp.py
     conflicts.png         share of samples whose pairing works against the classification, over its epochs
     sample_weights.png    how much each sample is paired, and what guided dropout tells about the label
+    distances.png         distance to the teacher's features, over the epochs of a run of vfd_adv.py
+    usefulness.png        what each feature says about the label, on clean and on adversarial images
+    tradeoff.png          clean against robust accuracy on validation images, over lambda; takes more runs than 7
     steps.png             accuracy against the steps of the attack, and
     loss_surface.png      the loss around test images, both after benchmark/audit.py
     training.png          losses, validation accuracies and learning rate, from the TensorBoard events
@@ -66,6 +69,26 @@ def aalp_label(args):
     return " + ".join(parts)
 
 
+def vfd_label(args):
+    """What a run of vfd_adv.py trains: its base, and the pairs that are added to it."""
+    pairs = args["lambda_adv"] > 0, args["lambda_nat"] > 0
+    other = [args["distill"]] * (args["distill"] != "features") + [args["distance"]] * (args["distance"] != "mse")
+    parts = [args["base"].upper() if args["eps"] else "undefended"]
+    if any(pairs):
+        name = {(True, True): "VFD", (True, False): "adv. pair", (False, True): "clean pair"}[pairs]
+        parts.append(name + f" ({', '.join(other)})" * bool(other))
+    parts += ["clean pass" + " (frozen)" * (args["clean_pass"] == "frozen")] * (args["clean_pass"] != "auto")
+    return " + ".join(parts)
+
+
+def lambda_label(args):
+    """The weight of both pairs, or of each where they differ. Empty for a script that has none."""
+    if "lambda_adv" not in args:
+        return ""
+    adv, nat = (f"{args[k]:g}" for k in ("lambda_adv", "lambda_nat"))
+    return f"λ = {adv}" if adv == nat else f"λ adv. {adv}, nat. {nat}"
+
+
 class Run:
     """What a run's folder says; `method` is the part of results.json that is particular to the script."""
 
@@ -84,11 +107,12 @@ class Run:
         self.method, self.eps = self.results.get("method", {}), 255 * self.results["eps"]
         self.strengths = 255 * np.array(self.method.get("strengths", []))
         self.history = self.method.get("history", {})
-        self.epochs = range(1, 1 + len(self.history.get("n50_map_clean", [])))
+        self.epochs = range(1, 1 + max(map(len, self.history.values()), default=0))
         self.learned = len({w for row in self.method.get("weight_mean", []) for w in row}) > 1  # or w is constant
         kind = "PGD-AT" if self.args.get("bn") == "single" else self.results["script"].upper().replace("_", "-")
         kind = aalp_label(self.args) if kind == "AALP" else kind
-        self.label = kind if self.args["eps"] else "undefended"
+        kind = vfd_label(self.args) if kind == "VFD-ADV" else kind if self.args["eps"] else "undefended"
+        self.label, self.lambdas = kind, lambda_label(self.args)
         self.eps_label = "eps (1/255)" + ", L2 norm" * (self.args.get("norm") == "l2")
 
 
@@ -196,6 +220,8 @@ def over_epochs(fig, axes, runs, panels):
     for ax, (title, keys) in zip(axes.flat, panels.items()):
         for run in runs:
             for key, dashed in zip(keys, (False, True)):
+                if key not in run.history:
+                    continue
                 look = dict(linestyle="--", fillstyle="none") if dashed else dict(label=run.label)
                 ax.plot(run.epochs, run.history[key], color=run.color, marker=run.marker, linewidth=1.8, markersize=5,
                         clip_on=False, **look)
@@ -204,12 +230,13 @@ def over_epochs(fig, axes, runs, panels):
         ax.set(xlim=(1, max(2, max(len(run.epochs) for run in runs))))
     for ax in axes[-1]:
         ax.set_xlabel("epoch")
-    fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside right center", labelspacing=0.9)
+    lines = {line.get_label(): line for ax in axes.flat for line in ax.get_legend_handles_labels()[0]}
+    fig.legend(handles=list(lines.values()), loc="outside right center", labelspacing=0.9)
 
 
 def features(runs):
     """O1 of AALP: how few features say what the class is, of the pooled features and of the last map's positions."""
-    if not (runs := [run for run in runs if run.epochs]):
+    if not (runs := [run for run in runs if "n50_map_clean" in run.history]):
         return "no run has counted the features that contribute to a class"
     fig, axes = plt.subplots(2, 2, figsize=(13, 8.5), sharex=True)
     counted = {"n50": "n50: contribute more than\nhalf of what the largest does",
@@ -228,7 +255,8 @@ def features(runs):
 
 def conflicts(runs):
     """O2 of AALP: how often the gradient of the pairing is at odds with that of the classification."""
-    if not (runs := [run for run in runs if run.epochs and run.args["eps"] and run.args["pairing_weight"]]):
+    if not (runs := [run for run in runs if "conflicting_logits" in run.history and run.args["eps"]
+                     and run.args["pairing_weight"]]):
         return "no run pairs logits"
     fig, axes = plt.subplots(2, 2, figsize=(13, 8.5), sharex=True, sharey=True)
     kinds = {"conflicting": "conflicting: <g_ce, g_lp> < 0",
@@ -246,7 +274,7 @@ def conflicts(runs):
 
 def sample_weights(runs):
     """Distribution of the pairing's weight w in each epoch, and how much the dropout masks give the label away."""
-    runs = [run for run in runs if run.epochs and run.args["eps"]]
+    runs = [run for run in runs if "sample_weight" in run.history and run.args["eps"]]
     weighted = [run for run in runs if run.args["sample_weight"] != "none" and run.args["pairing_weight"]]
     leaking = [run for run in runs if run.args["guided_dropout"] != "none"]
     if not weighted and not leaking:
@@ -280,6 +308,167 @@ def sample_weights(runs):
         ax.set_xlabel("epoch")
     fig.suptitle(f"{both(run.results['dataset'] for run in dict.fromkeys(weighted + leaking))}: adaptive sample "
                  "weights and guided dropout")
+    return fig
+
+
+def distances(runs):
+    """D6 of VFD-Adv: how far a network's features are from those that its teacher has for the clean image."""
+    if not (runs := [run for run in runs if "cka_clean" in run.history]):
+        return "no run has a teacher to measure the distance to"
+    fig, axes = plt.subplots(1, 2, figsize=(13, 5.8), squeeze=False)
+    over_epochs(fig, axes, runs, {
+        "squared error over the variance of the teacher's\n(1: no nearer than a constant; log scale)":
+            ("distance_clean", "distance_adv"),
+        "linear CKA, blind to rotation and scale\n(1: the same)": ("cka_clean", "cka_adv")})
+    error, cka = axes[0]
+    error.set(yscale="log", ylabel="distance to the teacher")
+    error.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    error.yaxis.set_major_formatter("{x:g}")
+    error.yaxis.set_minor_formatter("")
+    error.axhline(1, color="0.35", linewidth=1.2, zorder=1)
+    cka.set(ylim=(0, 1), ylabel="similarity to the teacher")
+    logits = any(run.args["distill"] == "logits" for run in runs) * " (where logits are distilled: of the logits)"
+    fig.suptitle(f"{both(run.results['dataset'] for run in runs)}: features of training images against the teacher's "
+                 f"for the clean image{logits}\nsolid: clean images; dashed, hollow markers: adversarial images")
+    return fig
+
+
+def usefulness(runs):
+    """D7 of VFD-Adv: above, does an attack turn a network's features? Below, which network has more predictive ones?"""
+    networks = {}  # values to name and look: a teacher that several runs share is there once
+    for name in ("teacher", "student"):
+        for run in runs:
+            if found := run.method.get("usefulness", {}).get(name):
+                key = (name, *(() if name == "teacher" else (run.label,)), *np.round(found["clean"] + found["adv"], 6))
+                look = dict(color="0.45", marker="*") if name == "teacher" else dict(color=run.color, marker=run.marker)
+                networks.setdefault(key, ([], np.array([found["clean"], found["adv"]]), look))[0].append(run.label)
+    if not networks:
+        return "no run has measured how useful its features are"
+    shared = sum(key[0] == "teacher" for key in networks) < 2
+    columns = max(2, min(4, len(networks)))
+    rows = -(-len(networks) // columns)
+    fig = plt.figure(figsize=(13, 4 + 4 * rows))
+    above, below = fig.subfigures(2, height_ratios=(rows, 0.85), hspace=0.03)
+    axes = above.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for ax in axes.flat[len(networks):]:
+        ax.remove()
+    curves = below.subplots(1, 2, sharey=True)
+    low = min(-0.1, min(values.min() for _, values, _ in networks.values()) - 0.05)
+    for ax, (key, (labels, (clean, adv), look)) in zip(axes.flat, networks.items()):
+        teacher = key[0] == "teacher"
+        name = labels[0] if not teacher else "teacher" if shared else f"teacher of\n{', '.join(labels)}"
+        ax.plot((0, 1), (0, 1), color="0.35", linewidth=1.2, linestyle=":")
+        ax.axhline(0, color="0.35", linewidth=1.2)
+        ax.axhspan(low, 0, color="0.5", alpha=0.12, linewidth=0)
+        ax.scatter(clean, adv, s=60 if teacher else 24, alpha=0.65, linewidths=0, **look)
+        ax.set_title(f"{fill(name, 34)}\nmean {clean.mean():.2f} clean, {adv.mean():.2f} adv.;  "
+                     f"turned: {100 * (adv < 0).mean():.0f} %", fontsize=11)
+        ax.set(xlim=(0, 1), ylim=(low, 1))
+        for curve, values in zip(curves, (clean, adv)):
+            at = (np.arange(len(values)) + 0.5) / len(values)
+            curve.plot(100 * at, np.sort(values)[::-1], color=look["color"], linewidth=3.5 if teacher else 2,
+                       linestyle="--" if teacher else "-", label=name.replace("\n", " "))
+    for i, ax in enumerate(axes.flat[:len(networks)]):
+        ax.xaxis.set_tick_params(labelbottom=True)
+        if i % columns == 0:
+            ax.set_ylabel("on adversarial images")
+        if i + columns >= len(networks):
+            ax.set_xlabel("on clean images")
+    for ax, kind in zip(curves, ("clean", "adversarial")):
+        ax.axhline(0, color="0.35", linewidth=1.2, zorder=1)
+        ax.set(xlim=(0, 100), ylim=(low, 1), title=f"sorted, on {kind} images", xlabel="features, from the most useful")
+        ax.xaxis.set_major_formatter("{x:g} %")
+        ax.yaxis.set_tick_params(labelleft=True)
+    curves[0].set_ylabel("correlation with the label")
+    below.legend(*curves[0].get_legend_handles_labels(), loc="outside right center", labelspacing=0.9)
+    tested = both(min(run.results["evaluated"], 1000) for run in runs if run.method.get("usefulness"))
+    above.suptitle(f"{both(run.results['dataset'] for run in runs)}: correlation of each feature with the label, on "
+                   f"{tested} test images\nbelow the diagonal: weaker under attack; shaded: turned against its class")
+    return fig
+
+
+# Arguments that may differ along a line of tradeoff(): its axis, the seed, and what changes nothing about training.
+ALONG = {"lambda_adv", "lambda_nat", "seed", "preset", "data_dir", "runs_dir", "device", "compile", "resume",
+         "eval_only", "test_size"}
+DISTILLING = {"distance", "distill", "teacher", "teacher_arch", "teacher_width", "teacher_epochs"}  # nothing at lambda 0
+
+
+def lines_over_lambda(runs):
+    """{line's name: {(lambda_adv, lambda_nat): runs}}, of runs that differ in lambda and the seed alone; 0 is in all."""
+    plain, lines = {}, {}
+    for run in runs:
+        if "lambda_adv" not in run.args or "val_clean" not in run.method:
+            continue
+        at = run.args["lambda_adv"], run.args["lambda_nat"]
+        other = {k: str(v) for k, v in run.args.items() if k not in ALONG}
+        own = tuple((k, other.pop(k)) for k in sorted(DISTILLING) if k in other)
+        other = tuple(sorted(other.items()))
+        group = lines.setdefault((other, own), {}) if any(at) else plain.setdefault(other, {})
+        group.setdefault(at, []).append(run)
+    lines = {key: dict(sorted((plain.get(key[0], {}) | points).items())) for key, points in lines.items()}
+    lines = {(*other, *own): points for (other, own), points in lines.items() if len(points) > 1}
+    varying = [k for k, _ in next(iter(lines), ()) if k != "base" and len({dict(line).get(k) for line in lines}) > 1]
+    return {", ".join([dict(line)["base"].upper(), *(f"{k} {dict(line)[k]}" for k in varying)]): points
+            for line, points in lines.items()}
+
+
+def tradeoff(runs):
+    """Clean against robust accuracy over lambda. On validation images: lambda may be chosen by what is seen here."""
+    if not (lines := lines_over_lambda(runs)):
+        return "no two runs of vfd_adv.py differ in lambda and in nothing else"
+    panels = [[name] for name in lines]
+    panels = panels if len(lines) == 1 else [list(lines), *panels]  # all for the comparison, and each close up
+    columns = 1 if len(panels) == 1 else 2 if len(panels) < 5 else 3
+    rows = -(-len(panels) // columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(13, 1.2 + (4.6 if rows > 1 else 5.8) * rows), squeeze=False)
+    for ax in axes.flat[len(panels):]:
+        ax.remove()
+    looks = {name: dict(color=COLORS[i % 7], marker=MARKERS[i % 7]) for i, name in enumerate(lines)}
+    for ax, names in zip(axes.flat, panels):
+        ends = []
+        for name in names:
+            # (points, 2): means over the seeds. All seeds see the same images: their number makes no error smaller.
+            accs = [np.array([[run.method["val_clean"], run.method["val_robust"]] for run in group])
+                    for group in lines[name].values()]
+            size = next(iter(lines[name].values()))[0].args["val_size"]
+            error = 100 * np.array([(acc * (1 - acc) / size).mean(0) ** 0.5 for acc in accs])
+            points = 100 * np.array([acc.mean(0) for acc in accs])
+            ends += [points - error, points + error]
+            bars = ax.errorbar(*points.T, xerr=error[:, 0], yerr=error[:, 1], linewidth=1.8, markersize=8, label=name,
+                               elinewidth=1, **looks[name])
+            for bar in bars[2]:
+                bar.set_alpha(0.3)
+            for (x, y), weight in zip(points, lines[name]):
+                if not any(weight):
+                    ax.plot(x, y, color="white", marker=looks[name]["marker"], markersize=8, zorder=4,
+                            markeredgecolor=looks[name]["color"], markeredgewidth=1.8)
+        low, high = np.concatenate(ends).min(0), np.concatenate(ends).max(0)
+        margin = np.maximum(0.05 * (high - low), 0.1)
+        ax.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]),
+               title=names[0] if len(names) == 1 else "all, on one scale",
+               xlabel="clean accuracy", ylabel="robust accuracy (PGD-10)")
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter("{x:g} %")
+        if len(names) > 1:
+            continue
+        order = np.argsort(points[:, 1], kind="stable")  # labels stand in a column, apart, in the order of the points
+        gap = min(0.09, 1 / len(order))
+        heights = (points[order, 1] - ax.get_ylim()[0]) / np.ptp(ax.get_ylim())
+        heights = np.maximum.accumulate(heights - gap * np.arange(len(order))) + gap * np.arange(len(order))
+        heights -= max(0, heights[-1] - 1)
+        heights = np.maximum(heights, gap * np.arange(len(order)))
+        for i, height in zip(order, heights):
+            text = lambda_label(next(iter(list(lines[name].values())[i])).args)
+            ax.annotate(text, points[i], (1.02, height), "data", "axes fraction", va="center", fontsize=10,
+                        arrowprops=dict(arrowstyle="-", color="0.45", linewidth=0.8, shrinkA=0, shrinkB=5))
+    if len(lines) > 1:
+        fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
+    used = [run for points in lines.values() for group in points.values() for run in group]
+    fig.suptitle(f"{both(run.results['dataset'] for run in used)}: clean against robust accuracy over the weight λ of "
+                 "the distillation")
+    fig.supxlabel(fill(f"{both(run.args['val_size'] for run in used)} validation images, best epoch;  bars: ± one "
+                       f"standard error;  hollow: λ = 0, the base alone;  seed {both(run.results['seed'] for run in used)}",
+                       150), fontsize=10)
     return fig
 
 
@@ -404,17 +593,21 @@ def examples(runs):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    if not 1 <= len(args.runs) <= len(COLORS) or len(args.labels or args.runs) != len(args.runs):
+    if not args.runs or len(args.labels or args.runs) != len(args.runs):
         raise data.UserError(f"name one to {len(COLORS)} folders of runs, and as many --labels or none")
     runs = [Run(path) for path in args.runs]
-    names = [run.label for run in runs]
-    for i, run in enumerate(runs):
-        name = run.label + f", seed {run.results['seed']}" * (names.count(run.label) > 1)
-        run.label, run.color, run.marker = args.labels[i] if args.labels else name, COLORS[i], MARKERS[i]
+    if (many := len(runs) > len(COLORS)) and isinstance(tradeoff(runs), str):
+        raise data.UserError(f"name one to {len(COLORS)} folders of runs; more are for tradeoff.png, and {tradeoff(runs)}")
+    lambdas = {label: {run.lambdas for run in runs if run.label == label} for label in {run.label for run in runs}}
+    names = [run.label + f", {run.lambdas}" * (len(lambdas[run.label]) > 1) for run in runs]
+    for i, (run, name) in enumerate(zip(runs, names)):
+        name += f", seed {run.results['seed']}" * (names.count(name) > 1)
+        run.label, run.color, run.marker = args.labels[i] if args.labels else name, COLORS[i % 7], MARKERS[i % 7]
     out = Path(args.out or ("figures" if len(runs) > 1 else runs[0].path))
-    for draw in (robustness_curve, weights, statistics, features, conflicts, sample_weights, steps, loss_surface,
-                 training, examples):
-        figure, path = draw(runs), out / f"{draw.__name__}.png"
+    for draw in (robustness_curve, weights, statistics, features, conflicts, sample_weights, distances, usefulness,
+                 tradeoff, steps, loss_surface, training, examples):
+        path = out / f"{draw.__name__}.png"
+        figure = f"it takes at most {len(COLORS)} runs" if many and draw is not tradeoff else draw(runs)
         if isinstance(figure, str):
             print("warning: " * (draw is examples) + f"no {path.name}: {figure}", flush=True)
             continue

@@ -390,11 +390,14 @@ def usefulness(runs):
 # Arguments that may differ along a line of tradeoff(): its axis, the seed, and what changes nothing about training.
 ALONG = {"lambda_adv", "lambda_nat", "seed", "preset", "data_dir", "runs_dir", "device", "compile", "resume",
          "eval_only", "test_size"}
-DISTILLING = {"distance", "distill", "teacher", "teacher_arch", "teacher_width", "teacher_epochs"}  # nothing at lambda 0
+DISTILLING = {"distance", "distill", "teacher", "teacher_arch", "teacher_width", "teacher_epochs"}  # nothing at 0
 
 
 def lines_over_lambda(runs):
-    """{line's name: {(lambda_adv, lambda_nat): runs}}, of runs that differ in lambda and the seed alone; 0 is in all."""
+    """{name: {(lambda_adv, lambda_nat): runs}}, where runs differ in lambda and the seed alone.
+
+    A base without distillation begins each line, whatever is distilled there and from which teacher.
+    """
     plain, lines = {}, {}
     for run in runs:
         if "lambda_adv" not in run.args or "val_clean" not in run.method:
@@ -455,8 +458,7 @@ def tradeoff(runs):
         gap = min(0.09, 1 / len(order))
         heights = (points[order, 1] - ax.get_ylim()[0]) / np.ptp(ax.get_ylim())
         heights = np.maximum.accumulate(heights - gap * np.arange(len(order))) + gap * np.arange(len(order))
-        heights -= max(0, heights[-1] - 1)
-        heights = np.maximum(heights, gap * np.arange(len(order)))
+        heights = np.minimum(heights, 1 - gap * np.arange(len(order))[::-1])
         for i, height in zip(order, heights):
             text = lambda_label(next(iter(list(lines[name].values())[i])).args)
             ax.annotate(text, points[i], (1.02, height), "data", "axes fraction", va="center", fontsize=10,
@@ -466,9 +468,9 @@ def tradeoff(runs):
     used = [run for points in lines.values() for group in points.values() for run in group]
     fig.suptitle(f"{both(run.results['dataset'] for run in used)}: clean against robust accuracy over the weight λ of "
                  "the distillation")
-    fig.supxlabel(fill(f"{both(run.args['val_size'] for run in used)} validation images, best epoch;  bars: ± one "
-                       f"standard error;  hollow: λ = 0, the base alone;  seed {both(run.results['seed'] for run in used)}",
-                       150), fontsize=10)
+    sizes, seeds = both(run.args["val_size"] for run in used), both(run.results["seed"] for run in used)
+    fig.supxlabel(f"{sizes} validation images, best epoch;  bars: ± one standard error;  hollow: λ = 0, the base "
+                  f"alone;  seed {seeds}" + ": means" * ("/" in seeds), fontsize=10)
     return fig
 
 
@@ -596,8 +598,9 @@ if __name__ == "__main__":
     if not args.runs or len(args.labels or args.runs) != len(args.runs):
         raise data.UserError(f"name one to {len(COLORS)} folders of runs, and as many --labels or none")
     runs = [Run(path) for path in args.runs]
-    if (many := len(runs) > len(COLORS)) and isinstance(tradeoff(runs), str):
-        raise data.UserError(f"name one to {len(COLORS)} folders of runs; more are for tradeoff.png, and {tradeoff(runs)}")
+    if (many := len(runs) > len(COLORS)) and not lines_over_lambda(runs):
+        raise data.UserError(f"name one to {len(COLORS)} folders of runs: more are for tradeoff.png alone, and here no "
+                             "two differ in lambda and in nothing else")
     lambdas = {label: {run.lambdas for run in runs if run.label == label} for label in {run.label for run in runs}}
     names = [run.label + f", {run.lambdas}" * (len(lambdas[run.label]) > 1) for run in runs]
     for i, (run, name) in enumerate(zip(runs, names)):

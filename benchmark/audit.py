@@ -10,6 +10,11 @@ gradients vanish, shatter or are random (Athalye et al. 2018, arXiv 1802.00420).
 that this leaves, after the list of Carlini et al. 2019 (1902.06705) and the cases of Tramer et al. 2020
 (2002.08347). To pass is no proof: an attack made for the defence at hand remains the duty of who proposes it
 (`frozen_weights` in afa.py).
+
+Two more traces go into audit.json for figures.py to draw. `steps_curve` is the accuracy against the number of
+steps: a network trained with logits pairing that looked robust to few of them fell to many (Engstrom et al.
+2018, 1807.10272; Mosbach et al. 2018, 1810.12042). `surface` is the loss around a few images: where nothing is
+masked, it rises evenly along the gradient's sign, and more than along random signs.
 """
 
 import importlib
@@ -58,9 +63,11 @@ USELESS = 0.01  # share of images that may have no gradient or saturated logits
 BLACK_BOX = 0.005  # share of images that only black-box attacks may break
 
 FULL = dict(n=1000, noise=50, steps=(1, 5, 20, 100), margin_steps=100, restarts=5, targets=9,
-            transfer_steps=50, surrogate_steps=1500, apgd_steps=100, fab=True, queries=5000)  # fmt: skip
+            transfer_steps=50, surrogate_steps=1500, apgd_steps=100, fab=True, queries=5000,
+            curve_n=200, curve_steps=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000))  # fmt: skip
 QUICK = dict(n=200, noise=20, steps=(1, 5, 20, 50), margin_steps=40, restarts=2, targets=3,
-             transfer_steps=20, surrogate_steps=300, apgd_steps=50, fab=False, queries=500)  # fmt: skip
+             transfer_steps=20, surrogate_steps=300, apgd_steps=50, fab=False, queries=500,
+             curve_n=60, curve_steps=(1, 2, 5, 10, 20, 50, 100))  # fmt: skip
 
 
 # --- Parts of attacks
@@ -142,6 +149,45 @@ def input_gradient(net, x, y, loss, batch_size):
     return torch.cat(parts)
 
 
+def steps_curve(net, x, y, attacked, steps, *, loss, batch_size, **settings):
+    """One long attack, watched: {k: mask (N,) of those in `attacked` that no iterate up to the k-th has fooled}.
+
+    It starts at the image itself: then its first k steps are the attack of k steps, the points are nested, and
+    all of them together cost what the last one does.
+    """
+    masks = {k: attacked.clone() for k in steps}
+
+    def watched(z, y, right):  # pgd evaluates the loss before each step, and with keep_best after the last one
+        right.append((z.argmax(1) == y) & (right[-1] if right else True))
+        return LOSSES[loss](z, y)
+
+    for index in attacked.nonzero().squeeze(1).split(batch_size) if attacked.any() else ():
+        right = []  # right[k]: after k steps
+        pgd(net, x[index], y[index], steps=max(steps), loss=partial(watched, right=right), random_start=False,
+            keep_best=True, **settings)  # fmt: skip
+        for k in steps:
+            masks[k][index] = right[k]
+    return masks
+
+
+@torch.no_grad()
+def loss_surface(net, x, y, gradient, eps, norm, batch_size, points=21, seed=0):
+    """Cross-entropy (N, points, points) at x + a g + b r, clamped to the box, for a (rows) and b from -eps to eps.
+
+    g is the sign of `gradient` and r a random sign (Engstrom et al. 2018); in the L2 norm, both of length 1.
+    """
+    generator = torch.Generator(x.device).manual_seed(seed)
+    r = torch.randint(0, 2, x.shape, device=x.device, generator=generator) * 2.0 - 1
+    g = gradient.nan_to_num().sign()
+    if norm == "l2":
+        g, r = (v / v.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None, None] for v in (g, r))
+    a, b = torch.meshgrid(*[torch.linspace(-eps, eps, points, device=x.device)] * 2, indexing="ij")
+    a, b = (v.reshape(-1, 1, 1, 1) for v in (a, b))
+    loss = [F.cross_entropy(logits_of(net, (x[i] + a * g[i] + b * r[i]).clamp(0, 1), batch_size),
+                            y[i].expand(points**2), reduction="none") for i in range(len(x))]  # fmt: skip
+    return torch.stack(loss).view(len(x), points, points).nan_to_num(0, 1e9, 0)
+
+
 def above(a, b):
     """Is accuracy `a` above `b` (masks of the same images) by more than two standard errors?"""
     return (a.sum() - b.sum()).item() > 2 * (a != b).sum().item() ** 0.5
@@ -177,6 +223,8 @@ def audit(net, x, y, eps=8 / 255, norm="linf", *, quick=False, train=None, surro
 
     Returns:
         The content of audit.json. `worst`, the share of images that no attack broke, is the robust accuracy.
+        `steps_curve`: shares of the first `evaluated` images that PGD from the image itself has not fooled after
+        so many steps, for both losses. `surface`: `loss_surface` of the images at these indices.
     """
     effort, device, n, began = QUICK if quick else FULL, x.device, len(x), time.time()
     module = net.func if isinstance(net, partial) else net
@@ -189,18 +237,20 @@ def audit(net, x, y, eps=8 / 255, norm="linf", *, quick=False, train=None, surro
         m.training = False
     common = dict(eps=eps, norm=norm, batch_size=batch_size, seed=seed)
     attacks, checks, notes, white, black = {}, {}, [], [], []
+    curve, surface = {}, None
 
-    def record(name, attack, attacked=None, group=white):
-        """Run `attack(attacked) -> mask of those still correct`. Images not attacked count as broken."""
+    def record(name, attack, attacked=None, group=white, among=n):
+        """Run `attack(attacked) -> mask of those still correct`. Images not attacked count as broken, or not at
+        all if they come after the first `among`."""
         started, attacked = time.time(), clean if attacked is None else attacked
         still = attack(attacked) if attacked.any() else attacked
-        group.append(still)
+        group.append(torch.cat([still[:among], clean[among:]]))
         worst = torch.stack(white + black).all(0)
-        count, accuracy, seconds = attacked.sum().item(), share(still), round(time.time() - started, 2)
+        count, accuracy, seconds = attacked.sum().item(), share(still[:among]), round(time.time() - started, 2)
         attacks[name] = dict(attacked=count, accuracy=accuracy, worst_so_far=share(worst), seconds=seconds,
                              black_box=group is black)  # fmt: skip
         log(f"{name:<28}{count:>9}{accuracy:>10.3f}{share(worst):>8.3f}{seconds:>9.1f}s")
-        return still
+        return group[-1]
 
     def by(images=x, labels=y, **settings):
         """PGD as an attack for `record`: the settings are those of common.pgd.survivors."""
@@ -221,16 +271,15 @@ def audit(net, x, y, eps=8 / 255, norm="linf", *, quick=False, train=None, surro
 
         return attack
 
-    def towards(target):
-        """PGD on z_t - z_y (Gowal et al. 2019, 1910.09338): the margin can get stuck between two classes."""
+    def long(loss):
+        """The longest attack of all as one for `record`; on the way it fills in `curve`."""
 
-        def perturb(index):
-            t, generator = target[index, None], torch.Generator(device).manual_seed(seed)
-            return pgd(net, x[index], y[index], eps=eps, step_size=eps / 4, steps=effort["margin_steps"],
-                       loss=lambda z, y: (z.gather(1, t) - z.gather(1, y[:, None])).squeeze(1), norm=norm,
-                       generator=generator)  # fmt: skip
+        def attack(attacked):
+            steps, settings = effort["curve_steps"], dict(eps=eps, step_size=eps / 4, norm=norm, batch_size=batch_size)
+            curve[loss] = steps_curve(net, x, y, attacked, steps, loss=loss, **settings)
+            return curve[loss][steps[-1]]
 
-        return by_each(perturb)
+        return attack
 
     def library(attack):
         def perturb(index):
@@ -264,6 +313,10 @@ def audit(net, x, y, eps=8 / 255, norm="linf", *, quick=False, train=None, surro
             fgsm = record("fgsm", by(steps=1, step_size=eps, random_start=False))
             steps = effort["steps"]
             ce = [record(f"pgd-{k} ce", by(steps=k, step_size=eps if k == 1 else eps / 4)) for k in steps]
+            left_ce = ce[-1]
+            for name, size in (("eps/10", eps / 10), ("eps", eps)):
+                more = by(steps=steps[-1], step_size=size, seed=seed + 1)
+                left_ce = record(f"+ pgd-{steps[-1]} ce, step {name}", more, left_ce)
             if randomised:
                 record("pgd-20 ce, eot 10", by(steps=20, source=Average(net).eval()))
             k, restarts = effort["margin_steps"], effort["restarts"]
@@ -272,9 +325,12 @@ def audit(net, x, y, eps=8 / 255, norm="linf", *, quick=False, train=None, surro
                 more = by(steps=k, loss="margin", step_size=size, restarts=restarts, seed=seed + 1)
                 left = record(f"+ {restarts} restarts, step {name}", more, left)
             converged = left
-            wrong = z.scatter(1, y[:, None], float("-inf")).argsort(1, descending=True)  # likeliest first
-            for k in range(min(effort["targets"], classes - 1)):
-                left = record(f"+ targeted, class {k + 1}", towards(wrong[:, k]), left)
+            targets = min(effort["targets"], classes - 1)
+            record(f"+ targeted, {targets} classes", by(steps=k, targets=targets), left)
+            watched, last = min(n, effort["curve_n"]), effort["curve_steps"][-1]
+            first = clean & (torch.arange(n, device=device) < watched)
+            long_ce, _ = (record(f"{last} steps {loss}, first {watched}", long(loss), first, among=watched)
+                          for loss in ("ce", "margin"))
             others = others if isinstance(others, dict) else {"same weights": others or ()}
             for name, models in others.items():
                 for i, source in enumerate(models):
@@ -304,6 +360,11 @@ def audit(net, x, y, eps=8 / 255, norm="linf", *, quick=False, train=None, surro
         elif members:
             standard = share(left)
             notes.append(f"AutoAttack, standard version: {standard:.3f}")
+        curve = {loss: {k: share(mask[:watched]) for k, mask in masks.items()} for loss, masks in curve.items()}
+        if curve:
+            shown = (f"{loss} " + " ".join(f"{v:.3f}" for v in points.values()) for loss, points in curve.items())
+            notes.append(f"after {', '.join(map(str, effort['curve_steps']))} steps from the image itself: "
+                         + "; ".join(shown))  # fmt: skip
 
         # Checks.
         seen, unseen, worst = (torch.stack(masks).all(0) for masks in (white, black, white + black))
@@ -312,15 +373,20 @@ def audit(net, x, y, eps=8 / 255, norm="linf", *, quick=False, train=None, surro
             # image can become the same grey, and an attack that works leaves nothing.
             grid = [eps * f for f in (0.25, 0.5, 1, 2, 4, 8)]
             grid.append(0.5 if norm == "linf" else 0.5 * x[0].numel() ** 0.5)
-            curve = [clean, *(by(eps=e, steps=20)(clean) for e in grid)]
-            rises = any(above(b, a) for a, b in zip(curve[:-2], curve[1:-1], strict=True))
-            check("falls with eps", not rises and share(curve[-1]) <= 0.02,
-                  **{pixels(e, norm): share(m) for e, m in zip((0, *grid), curve, strict=True)})  # fmt: skip
-            pgd20, best_ce = ce[2], torch.stack(ce).all(0)
+            balls = [clean, *(by(eps=e, steps=20)(clean) for e in grid)]
+            rises = any(above(b, a) for a, b in zip(balls[:-2], balls[1:-1], strict=True))
+            check("falls with eps", not rises and share(balls[-1]) <= 0.02,
+                  **{pixels(e, norm): share(mask) for e, mask in zip((0, *grid), balls, strict=True)})  # fmt: skip
+            pgd20, best_ce = ce[2], torch.stack([*ce, left_ce, long_ce]).all(0)
             check("iteration helps", not above(pgd20, fgsm), fgsm=share(fgsm), pgd20=share(pgd20))
-            drift = dict(steps=share(pgd20 & ~ce[-1]), restarts_and_step_sizes=share(cw & ~converged))
-            allowed = DRIFT + 2 * (DRIFT * (1 - DRIFT) / n) ** 0.5  # few images scatter more
-            check("attack converged", max(drift.values()) <= allowed, **drift, allowed=round(allowed, 4))
+            drift = dict(steps=share(pgd20 & ~ce[-1]), step_sizes_ce=share(ce[-1] & ~left_ce),
+                         restarts_and_step_sizes=share(cw & ~converged))  # fmt: skip
+            early = min(100, last // 5)
+            many = max((points[early] - points[last] for points in curve.values()), default=0.0)
+            # Few images scatter more.
+            allowed, allowed_many = (DRIFT + 2 * (DRIFT * (1 - DRIFT) / count) ** 0.5 for count in (n, watched))
+            check("attack converged", max(drift.values()) <= allowed and many <= allowed_many, **drift,
+                  **{f"steps_{early}_to_{last}": round(many, 6)}, allowed=round(allowed, 4))  # fmt: skip
             check("losses agree", share(best_ce & ~seen) <= max(MASKED[0], MASKED[1] * share(best_ce)),
                   pgd_ce=share(best_ce), all_white_box=share(best_ce & seen))  # fmt: skip
             # Wong et al. 2020, 2001.03994. (An undefended network falls to both, and some of it to twenty
@@ -334,6 +400,10 @@ def audit(net, x, y, eps=8 / 255, norm="linf", *, quick=False, train=None, surro
             none = {k: share(((g == 0) | ~g.isfinite()).flatten(1).all(1)) for k, g in gradients.items()}
             check("gradients are there", max(none.values()) <= USELESS,
                   none_ce=none["ce"], none_margin=none["margin"])  # fmt: skip
+            few = some[:4]
+            losses = loss_surface(net, x[few], y[few], gradients["ce"][:4], eps, norm, batch_size, seed=seed)
+            surface = dict(images=few.tolist(), loss=[[[float(f"{v:.4g}") for v in row] for row in plane]
+                                                      for plane in losses.tolist()])  # fmt: skip
             # A step of h along its sign should change the margin by h |g|_1. What is behind a
             # straight-through estimator moves in jumps, or not at all. (The margin: the gradient of
             # cross-entropy may underflow.)
@@ -396,7 +466,8 @@ def audit(net, x, y, eps=8 / 255, norm="linf", *, quick=False, train=None, surro
     log(f"\nverdict: {verdict}")
     return dict(eps=eps, norm=norm, evaluated=n, quick=quick, clean=share(clean), worst=share(worst),
                 autoattack=standard, attacks=attacks, checks=checks, warnings=warned, notes=notes,
-                verdict=verdict, seconds=round(time.time() - began, 1))  # fmt: skip
+                verdict=verdict, seconds=round(time.time() - began, 1),
+                steps_curve=dict(evaluated=watched, accuracy=curve) if curve else None, surface=surface)  # fmt: skip
 
 
 # --- Command line

@@ -96,7 +96,8 @@ if __name__ == "__main__":
     for row in table:
         if row["checkpoint"] == args.checkpoint:
             groups[row["dataset"], row["setting"]].append(row)
-    shown = [c for c in ("val_clean", "val_robust", "worst", "clean", "fgsm", "pgd20", "pgd50_margin", "targeted", "transfer") if c in columns]
+    order = "val_clean val_robust worst clean fgsm pgd20 pgd50_margin targeted transfer"
+    shown = [c for c in order.split() if c in columns]
     print("| data set | setting | seeds | " + " | ".join(shown) + " |\n" + "|-" * (3 + len(shown)) + "|")
     for (dataset, name), group in groups.items():
         cells = []

@@ -6,6 +6,14 @@
     robustness_curve.png  accuracy against the strength of the attack, and the worst case over all attacks
     weights.png           fusing weights that a run of afa.py predicts, for each layer
     statistics.png        how far an attack shifts the statistics of the features, for each layer
+    features.png          contributing features that a class is inferred from, over the epochs of a run of aalp.py
+    conflicts.png         share of samples whose pairing works against the classification, over its epochs
+    sample_weights.png    how much each sample is paired, and what guided dropout tells about the label
+    distances.png         distance to the teacher's features, over the epochs of a run of vfd_adv.py
+    usefulness.png        what each feature says about the label, on clean and on adversarial images
+    tradeoff.png          clean against robust accuracy on validation images, over lambda; takes more runs than 7
+    steps.png             accuracy against the steps of the attack, and
+    loss_surface.png      the loss around test images, both after benchmark/audit.py
     training.png          losses, validation accuracies and learning rate, from the TensorBoard events
     examples.png          test images, attacked, and what the attack added; needs the checkpoint and the data set
 """
@@ -48,6 +56,39 @@ class Args:
     labels: list[str] | None = None  # a name for each run (None: the method's, with the seed where two are alike)
 
 
+def aalp_label(args):
+    """What a run of aalp.py is, from what its switches do and not from `--method`, which sets them."""
+    dropout, weight = args["guided_dropout"], args["sample_weight"]
+    if args["control_of"]:
+        return "ALP control"
+    if (dropout, weight) == ("low", "clean") and args["pairing_weight"]:
+        return "AALP"
+    parts = ["ALP" if args["pairing_weight"] else "AT"]
+    parts += ["dropout" + f" ({dropout})" * (dropout != "low")] * (dropout != "none")
+    parts += ["weights" + f" ({weight})" * (weight != "clean")] * (weight != "none")
+    return " + ".join(parts)
+
+
+def vfd_label(args):
+    """What a run of vfd_adv.py trains: its base, and the pairs that are added to it."""
+    pairs = args["lambda_adv"] > 0, args["lambda_nat"] > 0
+    other = [args["distill"]] * (args["distill"] != "features") + [args["distance"]] * (args["distance"] != "mse")
+    parts = [args["base"].upper() if args["eps"] else "undefended"]
+    if any(pairs):
+        name = {(True, True): "VFD", (True, False): "adv. pair", (False, True): "clean pair"}[pairs]
+        parts.append(name + f" ({', '.join(other)})" * bool(other))
+    parts += ["clean pass" + " (frozen)" * (args["clean_pass"] == "frozen")] * (args["clean_pass"] != "auto")
+    return " + ".join(parts)
+
+
+def lambda_label(args):
+    """The weight of both pairs, or of each where they differ. Empty for a script that has none."""
+    if "lambda_adv" not in args:
+        return ""
+    adv, nat = (f"{args[k]:g}" for k in ("lambda_adv", "lambda_nat"))
+    return f"λ = {adv}" if adv == nat else f"λ adv. {adv}, nat. {nat}"
+
+
 class Run:
     """What a run's folder says; `method` is the part of results.json that is particular to the script."""
 
@@ -59,13 +100,19 @@ class Run:
                 raise data.UserError(f"the run has not finished: {path} has no results.json; "
                                      f"to continue it: python {info['script']}.py --resume {path}")
             self.args, self.results = info["args"], json.loads((self.path / "results.json").read_text())
+            audit = self.path / "audit.json"
+            self.audit = json.loads(audit.read_text()) if audit.exists() else {}
         except (OSError, ValueError) as error:
             raise data.UserError(f"{path} is not the folder of a run: {error}") from None
         self.method, self.eps = self.results.get("method", {}), 255 * self.results["eps"]
         self.strengths = 255 * np.array(self.method.get("strengths", []))
+        self.history = self.method.get("history", {})
+        self.epochs = range(1, 1 + max(map(len, self.history.values()), default=0))
         self.learned = len({w for row in self.method.get("weight_mean", []) for w in row}) > 1  # or w is constant
         kind = "PGD-AT" if self.args.get("bn") == "single" else self.results["script"].upper().replace("_", "-")
-        self.label = kind if self.args["eps"] else "undefended"
+        kind = aalp_label(self.args) if kind == "AALP" else kind
+        kind = vfd_label(self.args) if kind == "VFD-ADV" else kind if self.args["eps"] else "undefended"
+        self.label, self.lambdas = kind, lambda_label(self.args)
         self.eps_label = "eps (1/255)" + ", L2 norm" * (self.args.get("norm") == "l2")
 
 
@@ -79,6 +126,7 @@ def robustness_curve(runs):
     fig, ax = plt.subplots(figsize=(12, 6.5))
     notes = [f"Of {both(run.results['evaluated'] for run in runs)} test images; bands: ± one standard error"]
     end = max(float(k) for run in runs for k in run.results["robustness_curve"] if float(k) < 4 * run.eps)
+    far = {}  # what lies beyond
 
     def line(curve, label, **style):
         x, y = np.array(sorted((float(k), 100 * v) for k, v in curve.items() if float(k) <= end)).T
@@ -90,7 +138,9 @@ def robustness_curve(runs):
         x, y = line(curve, run.label + ", learned w" * run.learned, **look)
         error = (y * (100 - y) / run.results["evaluated"]) ** 0.5
         ax.fill_between(x, y - error, y + error, color=run.color, alpha=0.15, linewidth=0)
-        notes += [f"{run.label} at eps {k}/255, not drawn: {100 * v:.1f} %" for k, v in curve.items() if float(k) > end]
+        for k, v in curve.items():
+            if float(k) > end:
+                far.setdefault(k, []).append(f"{run.label} {100 * v:.1f} %")
         worst = 100 * run.results["checkpoints"]["best"]["worst"]
         ax.plot(run.eps, worst, linestyle="none", marker="*", markersize=18, color=run.color, markeredgecolor="white",
                 zorder=5, clip_on=False, label=f"{run.label}, worst case over\nall attacks at eps: {worst:.1f} %")
@@ -101,6 +151,7 @@ def robustness_curve(runs):
             elif name in ("w=0", "w=1"):  # thin: the ends of one run, not rivals of the others
                 look = dict(color=run.color, linewidth=1.2, linestyle="--" if name == "w=0" else ":")
                 line(others[name], f"{run.label}, {FIXED[name]}", **look)
+    notes += [f"at eps {k}/255, not drawn: {', '.join(values)}" for k, values in far.items()]
     for eps in (trained := sorted({round(run.eps, 4) for run in runs if run.args["eps"]})):
         ax.axvline(eps, color="0.35", linewidth=1.2)
         ax.text(eps, 101, f"eps_max = {eps:g}", ha="center", va="bottom", fontsize=10)
@@ -161,6 +212,323 @@ def statistics(runs):
             ax.set(xlim=(0, run.strengths[-1]), ylim=(0, None), xlabel=run.eps_label, ylabel="shift (norm)")
     fig.suptitle(f"{both(run.results['dataset'] for run, _, _ in rows)}: how an attack shifts the feature statistics "
                  "of each layer\n(means in running standard deviations; each panel has its own scale)")
+    return fig
+
+
+def over_epochs(fig, axes, runs, panels):
+    """Lines of `history` over the epochs. `panels`: a title, and the keys of its lines: solid, then dashed."""
+    for ax, (title, keys) in zip(axes.flat, panels.items()):
+        for run in runs:
+            for key, dashed in zip(keys, (False, True)):
+                if key not in run.history:
+                    continue
+                look = dict(linestyle="--", fillstyle="none") if dashed else dict(label=run.label)
+                ax.plot(run.epochs, run.history[key], color=run.color, marker=run.marker, linewidth=1.8, markersize=5,
+                        clip_on=False, **look)
+        ax.set_title(title)
+        ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        ax.set(xlim=(1, max(2, max(len(run.epochs) for run in runs))))
+    for ax in axes[-1]:
+        ax.set_xlabel("epoch")
+    lines = {line.get_label(): line for ax in axes.flat for line in ax.get_legend_handles_labels()[0]}
+    fig.legend(handles=list(lines.values()), loc="outside right center", labelspacing=0.9)
+
+
+def features(runs):
+    """O1 of AALP: how few features say what the class is, of the pooled features and of the last map's positions."""
+    if not (runs := [run for run in runs if "n50_map_clean" in run.history]):
+        return "no run has counted the features that contribute to a class"
+    fig, axes = plt.subplots(2, 2, figsize=(13, 8.5), sharex=True)
+    counted = {"n50": "n50: contribute more than\nhalf of what the largest does",
+               "n90": "n90: the fewest that make up\n90 % of the positive ones"}
+    levels = {"features": "pooled features", "map": "positions of the last map"}
+    over_epochs(fig, axes, runs, {f"{n} of the {name}": (f"{n}_{level}_clean", f"{n}_{level}_adv")
+                                  for n in counted for level, name in levels.items()})
+    for row, words in zip(axes, counted.values()):
+        row[0].set_ylabel(words)
+        for ax in row:
+            ax.set_ylim(0, None)
+    fig.suptitle(f"{both(run.results['dataset'] for run in runs)}: features that an image's class is inferred from, "
+                 "mean over images\nsolid: clean images; dashed, hollow markers: adversarial images")
+    return fig
+
+
+def conflicts(runs):
+    """O2 of AALP: how often the gradient of the pairing is at odds with that of the classification."""
+    if not (runs := [run for run in runs if "conflicting_logits" in run.history and run.args["eps"]
+                     and run.args["pairing_weight"]]):
+        return "no run pairs logits"
+    fig, axes = plt.subplots(2, 2, figsize=(13, 8.5), sharex=True, sharey=True)
+    kinds = {"conflicting": "conflicting: <g_ce, g_lp> < 0",
+             "overemphasised": "over-emphasised: <g_ce, g_ce + g_lp> < 0"}
+    levels = {"logits": "clean logits", "parameters": "parameters"}
+    over_epochs(fig, axes, runs, {f"{words}\ngradients of the {name}": (f"{kind}_{level}",)
+                                  for kind, words in kinds.items() for level, name in levels.items()})
+    for ax in axes[:, 0]:
+        ax.set(ylim=(0, 1), ylabel="share of samples")  # shared with the right column
+        ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
+    fig.suptitle(f"{both(run.results['dataset'] for run in runs)}: samples whose pairing works against the "
+                 "classification")
+    return fig
+
+
+def sample_weights(runs):
+    """Distribution of the pairing's weight w in each epoch, and how much the dropout masks give the label away."""
+    runs = [run for run in runs if "sample_weight" in run.history and run.args["eps"]]
+    weighted = [run for run in runs if run.args["sample_weight"] != "none" and run.args["pairing_weight"]]
+    leaking = [run for run in runs if run.args["guided_dropout"] != "none"]
+    if not weighted and not leaking:
+        return "no run weighs the pairing or drops features"
+    count = len(weighted) + bool(leaking)
+    fig, axes = plt.subplots(count, figsize=(11, 1 + 3.8 * count), squeeze=False)
+    for (ax,), run in zip(axes, weighted):
+        bins = np.array(run.history["weight_bins"])
+        share = 100 * bins / bins.sum(1, keepdims=True)
+        edges = np.arange(len(bins) + 1) + 0.5
+        scale = matplotlib.colors.PowerNorm(0.5, 0, share.max())  # or the first epoch would hide the others
+        mesh = ax.pcolormesh(edges, np.linspace(0, 1, bins.shape[1] + 1), share.T, cmap="Blues", norm=scale)
+        fig.colorbar(mesh, ax=ax, pad=0.015, label="samples, in %")
+        line = dict(color="white", linewidth=5), dict(color=COLORS[1], linewidth=2.4, marker="o", label="mean w")
+        for look in line:  # the white one is its outline
+            ax.plot(run.epochs, run.history["sample_weight"], clip_on=False, **look)
+        ax.set(title=f"{run.label}: weight w of the pairing (--sample-weight {run.args['sample_weight']}), "
+                     f"mean over all epochs {np.mean(run.history['sample_weight']):.2f}", ylim=(0, 1), ylabel="w")
+        ax.legend(loc="lower right", frameon=True)
+        ax.grid(False)
+    for ax in axes[len(weighted):, 0]:
+        for run in leaking:
+            ax.plot(run.epochs, 100 * np.array(run.history["label_leak"]), label=run.label, color=run.color,
+                    marker=run.marker, linewidth=1.8, clip_on=False)
+        ax.axhline(0, color="0.35", linewidth=1.2)
+        ax.set(title="label leak: training accuracy with the dropout mask minus without it", ylabel="points, of 100")
+        ax.legend(loc="lower right")
+        ax.set_xlim(0.5, max(len(run.epochs) for run in runs) + 0.5)
+    for ax in axes[:, 0]:
+        ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        ax.set_xlabel("epoch")
+    fig.suptitle(f"{both(run.results['dataset'] for run in dict.fromkeys(weighted + leaking))}: adaptive sample "
+                 "weights and guided dropout")
+    return fig
+
+
+def distances(runs):
+    """D6 of VFD-Adv: how far a network's features are from those that its teacher has for the clean image."""
+    if not (runs := [run for run in runs if "cka_clean" in run.history]):
+        return "no run has a teacher to measure the distance to"
+    fig, axes = plt.subplots(1, 2, figsize=(13, 5.8), squeeze=False)
+    over_epochs(fig, axes, runs, {
+        "squared error over the variance of the teacher's\n(1: no nearer than a constant; log scale)":
+            ("distance_clean", "distance_adv"),
+        "linear CKA, blind to rotation and scale\n(1: the same)": ("cka_clean", "cka_adv")})
+    error, cka = axes[0]
+    error.set(yscale="log", ylabel="distance to the teacher")
+    error.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    error.yaxis.set_major_formatter("{x:g}")
+    error.yaxis.set_minor_formatter("")
+    error.axhline(1, color="0.35", linewidth=1.2, zorder=1)
+    cka.set(ylim=(0, 1), ylabel="similarity to the teacher")
+    logits = any(run.args["distill"] == "logits" for run in runs) * " (where logits are distilled: of the logits)"
+    fig.suptitle(f"{both(run.results['dataset'] for run in runs)}: features of training images against the teacher's "
+                 f"for the clean image{logits}\nsolid: clean images; dashed, hollow markers: adversarial images")
+    return fig
+
+
+def usefulness(runs):
+    """D7 of VFD-Adv: above, does an attack turn a network's features? Below, which network has more predictive ones?"""
+    networks = {}  # values to name and look: a teacher that several runs share is there once
+    for name in ("teacher", "student"):
+        for run in runs:
+            if found := run.method.get("usefulness", {}).get(name):
+                key = (name, *(() if name == "teacher" else (run.label,)), *np.round(found["clean"] + found["adv"], 6))
+                look = dict(color="0.45", marker="*") if name == "teacher" else dict(color=run.color, marker=run.marker)
+                networks.setdefault(key, ([], np.array([found["clean"], found["adv"]]), look))[0].append(run.label)
+    if not networks:
+        return "no run has measured how useful its features are"
+    shared = sum(key[0] == "teacher" for key in networks) < 2
+    columns = max(2, min(4, len(networks)))
+    rows = -(-len(networks) // columns)
+    fig = plt.figure(figsize=(13, 4 + 4 * rows))
+    above, below = fig.subfigures(2, height_ratios=(rows, 0.85), hspace=0.03)
+    axes = above.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for ax in axes.flat[len(networks):]:
+        ax.remove()
+    curves = below.subplots(1, 2, sharey=True)
+    low = min(-0.1, min(values.min() for _, values, _ in networks.values()) - 0.05)
+    for ax, (key, (labels, (clean, adv), look)) in zip(axes.flat, networks.items()):
+        teacher = key[0] == "teacher"
+        name = labels[0] if not teacher else "teacher" if shared else f"teacher of\n{', '.join(labels)}"
+        ax.plot((0, 1), (0, 1), color="0.35", linewidth=1.2, linestyle=":")
+        ax.axhline(0, color="0.35", linewidth=1.2)
+        ax.axhspan(low, 0, color="0.5", alpha=0.12, linewidth=0)
+        ax.scatter(clean, adv, s=60 if teacher else 24, alpha=0.65, linewidths=0, **look)
+        ax.set_title(f"{fill(name, 34)}\nmean {clean.mean():.2f} clean, {adv.mean():.2f} adv.;  "
+                     f"turned: {100 * (adv < 0).mean():.0f} %", fontsize=11)
+        ax.set(xlim=(0, 1), ylim=(low, 1))
+        for curve, values in zip(curves, (clean, adv)):
+            at = (np.arange(len(values)) + 0.5) / len(values)
+            curve.plot(100 * at, np.sort(values)[::-1], color=look["color"], linewidth=3.5 if teacher else 2,
+                       linestyle="--" if teacher else "-", label=name.replace("\n", " "))
+    for i, ax in enumerate(axes.flat[:len(networks)]):
+        ax.xaxis.set_tick_params(labelbottom=True)
+        if i % columns == 0:
+            ax.set_ylabel("on adversarial images")
+        if i + columns >= len(networks):
+            ax.set_xlabel("on clean images")
+    for ax, kind in zip(curves, ("clean", "adversarial")):
+        ax.axhline(0, color="0.35", linewidth=1.2, zorder=1)
+        ax.set(xlim=(0, 100), ylim=(low, 1), title=f"sorted, on {kind} images", xlabel="features, from the most useful")
+        ax.xaxis.set_major_formatter("{x:g} %")
+        ax.yaxis.set_tick_params(labelleft=True)
+    curves[0].set_ylabel("correlation with the label")
+    below.legend(*curves[0].get_legend_handles_labels(), loc="outside right center", labelspacing=0.9)
+    tested = both(min(run.results["evaluated"], 1000) for run in runs if run.method.get("usefulness"))
+    above.suptitle(f"{both(run.results['dataset'] for run in runs)}: correlation of each feature with the label, on "
+                   f"{tested} test images\nbelow the diagonal: weaker under attack; shaded: turned against its class")
+    return fig
+
+
+# Arguments that may differ along a line of tradeoff(): its axis, the seed, and what changes nothing about training.
+ALONG = {"lambda_adv", "lambda_nat", "seed", "preset", "data_dir", "runs_dir", "device", "compile", "resume",
+         "eval_only", "test_size"}
+DISTILLING = {"distance", "distill", "teacher", "teacher_arch", "teacher_width", "teacher_epochs"}  # nothing at 0
+
+
+def lines_over_lambda(runs):
+    """{name: {(lambda_adv, lambda_nat): runs}}, where runs differ in lambda and the seed alone.
+
+    A base without distillation begins each line, whatever is distilled there and from which teacher.
+    """
+    plain, lines = {}, {}
+    for run in runs:
+        if "lambda_adv" not in run.args or "val_clean" not in run.method:
+            continue
+        at = run.args["lambda_adv"], run.args["lambda_nat"]
+        other = {k: str(v) for k, v in run.args.items() if k not in ALONG}
+        own = tuple((k, other.pop(k)) for k in sorted(DISTILLING) if k in other)
+        other = tuple(sorted(other.items()))
+        group = lines.setdefault((other, own), {}) if any(at) else plain.setdefault(other, {})
+        group.setdefault(at, []).append(run)
+    lines = {key: dict(sorted((plain.get(key[0], {}) | points).items())) for key, points in lines.items()}
+    lines = {(*other, *own): points for (other, own), points in lines.items() if len(points) > 1}
+    varying = [k for k, _ in next(iter(lines), ()) if k != "base" and len({dict(line).get(k) for line in lines}) > 1]
+    return {", ".join([dict(line)["base"].upper(), *(f"{k} {dict(line)[k]}" for k in varying)]): points
+            for line, points in lines.items()}
+
+
+def tradeoff(runs):
+    """Clean against robust accuracy over lambda. On validation images: lambda may be chosen by what is seen here."""
+    if not (lines := lines_over_lambda(runs)):
+        return "no two runs of vfd_adv.py differ in lambda and in nothing else"
+    panels = [[name] for name in lines]
+    panels = panels if len(lines) == 1 else [list(lines), *panels]  # all for the comparison, and each close up
+    columns = 1 if len(panels) == 1 else 2 if len(panels) < 5 else 3
+    rows = -(-len(panels) // columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(13, 1.2 + (4.6 if rows > 1 else 5.8) * rows), squeeze=False)
+    for ax in axes.flat[len(panels):]:
+        ax.remove()
+    looks = {name: dict(color=COLORS[i % 7], marker=MARKERS[i % 7]) for i, name in enumerate(lines)}
+    for ax, names in zip(axes.flat, panels):
+        ends = []
+        for name in names:
+            # (points, 2): means over the seeds. All seeds see the same images: their number makes no error smaller.
+            accs = [np.array([[run.method["val_clean"], run.method["val_robust"]] for run in group])
+                    for group in lines[name].values()]
+            size = next(iter(lines[name].values()))[0].args["val_size"]
+            error = 100 * np.array([(acc * (1 - acc) / size).mean(0) ** 0.5 for acc in accs])
+            points = 100 * np.array([acc.mean(0) for acc in accs])
+            ends += [points - error, points + error]
+            bars = ax.errorbar(*points.T, xerr=error[:, 0], yerr=error[:, 1], linewidth=1.8, markersize=8, label=name,
+                               elinewidth=1, **looks[name])
+            for bar in bars[2]:
+                bar.set_alpha(0.3)
+            for (x, y), weight in zip(points, lines[name]):
+                if not any(weight):
+                    ax.plot(x, y, color="white", marker=looks[name]["marker"], markersize=8, zorder=4,
+                            markeredgecolor=looks[name]["color"], markeredgewidth=1.8)
+        low, high = np.concatenate(ends).min(0), np.concatenate(ends).max(0)
+        margin = np.maximum(0.05 * (high - low), 0.1)
+        ax.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]),
+               title=names[0] if len(names) == 1 else "all, on one scale",
+               xlabel="clean accuracy", ylabel="robust accuracy (PGD-10)")
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter("{x:g} %")
+        if len(names) > 1:
+            continue
+        order = np.argsort(points[:, 1], kind="stable")  # labels stand in a column, apart, in the order of the points
+        gap = min(0.09, 1 / len(order))
+        heights = (points[order, 1] - ax.get_ylim()[0]) / np.ptp(ax.get_ylim())
+        heights = np.maximum.accumulate(heights - gap * np.arange(len(order))) + gap * np.arange(len(order))
+        heights = np.minimum(heights, 1 - gap * np.arange(len(order))[::-1])
+        for i, height in zip(order, heights):
+            text = lambda_label(next(iter(list(lines[name].values())[i])).args)
+            ax.annotate(text, points[i], (1.02, height), "data", "axes fraction", va="center", fontsize=10,
+                        arrowprops=dict(arrowstyle="-", color="0.45", linewidth=0.8, shrinkA=0, shrinkB=5))
+    if len(lines) > 1:
+        fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
+    used = [run for points in lines.values() for group in points.values() for run in group]
+    fig.suptitle(f"{both(run.results['dataset'] for run in used)}: clean against robust accuracy over the weight λ of "
+                 "the distillation")
+    sizes, seeds = both(run.args["val_size"] for run in used), both(run.results["seed"] for run in used)
+    fig.supxlabel(f"{sizes} validation images, best epoch;  bars: ± one standard error;  hollow: λ = 0, the base "
+                  f"alone;  seed {seeds}" + ": means" * ("/" in seeds), fontsize=10)
+    return fig
+
+
+def steps(runs):
+    """Accuracy against the steps of one long attack: what still falls at its end has not been measured yet."""
+    if not (runs := [run for run in runs if run.audit.get("steps_curve")]):
+        return "no run has a curve over the steps of an attack: benchmark/audit.py makes it"
+    fig, ax = plt.subplots(figsize=(12, 6.5))
+    for run in runs:
+        for loss, points in run.audit["steps_curve"]["accuracy"].items():
+            x, y = [int(k) for k in points], [100 * v for v in points.values()]
+            look = dict(linestyle="-") if loss == "ce" else dict(linestyle="--", fillstyle="none")
+            ax.plot(x, y, color=run.color, marker=run.marker, linewidth=2, markersize=7, clip_on=False,
+                    label=f"{run.label}, {dict(ce='cross-entropy').get(loss, loss)}", **look)
+    ticks = sorted({int(k) for run in runs for k in run.audit["steps_curve"]["accuracy"]["ce"]})
+    ax.set(xscale="log", xlim=(1, max(*ticks, 2)), ylim=(0, 100), xlabel="steps of PGD, from the image itself",
+           ylabel="accuracy: fooled at no step so far")
+    ax.set_xticks(ticks, ticks)
+    ax.minorticks_off()
+    ax.yaxis.set_major_formatter("{x:g} %")
+    ax.set_title(f"{both(run.results['dataset'] for run in runs)}: accuracy against the number of steps", pad=14)
+    fig.legend(loc="outside right center", labelspacing=0.9)
+    notes = [f"{run.label} {100 * run.audit['worst']:.1f} % of {run.audit['evaluated']}" for run in runs]
+    used = [both(f"{255 * run.audit['eps']:.4g}/255" for run in runs),
+            both(run.audit["steps_curve"]["evaluated"] for run in runs)]
+    text = "eps {}, the first {} test images; worst case of the whole audit: ".format(*used) + ", ".join(notes)
+    fig.supxlabel(fill(text, 150), fontsize=10)
+    return fig
+
+
+def loss_surface(runs):
+    """Cross-entropy around test images. Masked gradients show: no rise to the right, ripples, or more rise upwards."""
+    if not (runs := [run for run in runs if run.audit.get("surface")]):
+        return "no run has a loss surface: benchmark/audit.py makes it"
+    columns = max(len(run.audit["surface"]["loss"]) for run in runs)
+    fig, axes = plt.subplots(len(runs), columns, figsize=(13, 1.4 + 3 * len(runs)), sharex=True, sharey=True,
+                             squeeze=False)
+    for row, run in zip(axes, runs):
+        row[0].set_ylabel(f"{run.label}\nrandom signs")
+        for ax, image, loss in zip(row, run.audit["surface"]["images"], run.audit["surface"]["loss"]):
+            loss = np.array(loss)  # rows: along the gradient
+            at, middle = np.linspace(-1, 1, len(loss)), len(loss) // 2
+            along, across = (max(ends) - loss[middle, middle] for ends in (loss[-1:, middle], loss[middle, [0, -1]]))
+            filled = ax.contourf(at, at, loss.T, 14, cmap="cividis")
+            ax.contour(at, at, loss.T, 14, colors="white", linewidths=0.5, alpha=0.6)
+            bar = fig.colorbar(filled, ax=ax, pad=0.03, shrink=0.9)
+            bar.ax.tick_params(labelsize=8)
+            bar.locator = matplotlib.ticker.MaxNLocator(5)
+            bar.update_ticks()
+            ax.plot(0, 0, marker="+", color="white", markersize=11, markeredgewidth=2)
+            ax.set_title(f"image {image}: to the right {along:+.2g},\nup or down at most {across:+.2g}", fontsize=9.5)
+            ax.set(xticks=(-1, 0, 1), yticks=(-1, 0, 1), aspect="equal")
+            ax.grid(False)
+    for ax in axes[-1]:
+        ax.set_xlabel("gradient's sign")
+    sizes = both(f"eps = {255 * run.audit['eps']:.4g}/255" for run in runs)
+    fig.suptitle(f"{both(run.results['dataset'] for run in runs)}: cross-entropy around test images (axes in units of "
+                 f"{sizes}; each panel has its own scale)")
     return fig
 
 
@@ -227,24 +595,30 @@ def examples(runs):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    if not 1 <= len(args.runs) <= len(COLORS) or len(args.labels or args.runs) != len(args.runs):
+    if not args.runs or len(args.labels or args.runs) != len(args.runs):
         raise data.UserError(f"name one to {len(COLORS)} folders of runs, and as many --labels or none")
     runs = [Run(path) for path in args.runs]
-    names = [run.label for run in runs]
-    for i, run in enumerate(runs):
-        name = run.label + f", seed {run.results['seed']}" * (names.count(run.label) > 1)
-        run.label, run.color, run.marker = args.labels[i] if args.labels else name, COLORS[i], MARKERS[i]
+    if (many := len(runs) > len(COLORS)) and not lines_over_lambda(runs):
+        raise data.UserError(f"name one to {len(COLORS)} folders of runs: more are for tradeoff.png alone, and here no "
+                             "two differ in lambda and in nothing else")
+    lambdas = {label: {run.lambdas for run in runs if run.label == label} for label in {run.label for run in runs}}
+    names = [run.label + f", {run.lambdas}" * (len(lambdas[run.label]) > 1) for run in runs]
+    for i, (run, name) in enumerate(zip(runs, names)):
+        name += f", seed {run.results['seed']}" * (names.count(name) > 1)
+        run.label, run.color, run.marker = args.labels[i] if args.labels else name, COLORS[i % 7], MARKERS[i % 7]
     out = Path(args.out or ("figures" if len(runs) > 1 else runs[0].path))
-    for draw in (robustness_curve, weights, statistics, training, examples):
-        figure, path = draw(runs), out / f"{draw.__name__}.png"
+    for draw in (robustness_curve, weights, statistics, features, conflicts, sample_weights, distances, usefulness,
+                 tradeoff, steps, loss_surface, training, examples):
+        path = out / f"{draw.__name__}.png"
+        figure = f"it takes at most {len(COLORS)} runs" if many and draw is not tradeoff else draw(runs)
         if isinstance(figure, str):
             print("warning: " * (draw is examples) + f"no {path.name}: {figure}", flush=True)
             continue
         try:
             out.mkdir(parents=True, exist_ok=True)
             figure.savefig(path)
-            if draw is not examples:  # lines need few colours, and so a third of the bytes
-                Image.open(path).convert("RGB").quantize(64, dither=0).save(path)
+            if draw not in (sample_weights, loss_surface, examples):  # lines need few colours: a third of the bytes
+                Image.open(path).convert("RGB").quantize(256, dither=0).save(path)
         except OSError as error:
             raise data.UserError(f"{path} cannot be written: {error}") from None
         print(f"wrote {path}", flush=True)

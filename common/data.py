@@ -182,7 +182,8 @@ def load(name, data_dir="data", device="cpu", train_size=None, val_size=1000, te
     train, val = order[val_size:][:train_size], order[:val_size]
 
     def split(images, labels, index):
-        return Split(torch.from_numpy(images)[index].to(device), torch.from_numpy(labels)[index].to(device))
+        x = torch.from_numpy(images)[index].contiguous()  # a transposed file would cost each batch its memory format
+        return Split(x.to(device), torch.from_numpy(labels)[index].to(device))
 
     if not official:
         print(f"warning: the files in {data_dir} have the layout of {name} but are not the official ones "

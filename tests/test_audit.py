@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 from benchmark import audit as tool  # noqa: E402
 from benchmark.audit import CHECKS, audit  # noqa: E402
 from common import data  # noqa: E402
-from common.pgd import pgd  # noqa: E402
+from common.pgd import pgd, survivors  # noqa: E402
 
 EPS = 8 / 255
 
@@ -42,6 +42,11 @@ def train(split, eps, epochs, seed=0, width=16):
             schedule.step()
     optimizer.zero_grad()
     return net.eval()
+
+
+@pytest.fixture(autouse=True)
+def short_curve(monkeypatch):
+    monkeypatch.setitem(tool.QUICK, "curve_n", 20)  # of the 80 images: many audits run here
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +132,9 @@ FAKES = {
 }  # fmt: skip
 
 
+FLAT = {"quantised", "saturated"}  # their gradient is 0, and so is the first direction of the surface
+
+
 @pytest.mark.parametrize("name", FAKES)
 def test_fake_defence_is_exposed(name, digits, undefended, surrogate):
     wrap, expected = FAKES[name]
@@ -142,10 +150,74 @@ def test_fake_defence_is_exposed(name, digits, undefended, surrogate):
     assert all(torch.equal(v, before[k]) for k, v in fake.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in fake.parameters())
     json.dumps(result, allow_nan=False)
+    if name in FLAT:
+        assert all(row == plane[0] for plane in result["surface"]["loss"] for row in plane[1:])
+    elif name == "gradient blocked":
+        assert result["surface"] is result["steps_curve"] is None
 
 
 def test_every_check_has_a_fake_that_trips_it():
     assert set().union(*(expected for _, expected in FAKES.values())) == set(CHECKS)
+
+
+def detour(plane):
+    """How far the loss travels along the gradient's sign, for each bit that it gets ahead: 1 where it only rises."""
+    path = plane[:, plane.shape[1] // 2]
+    return path.diff().abs().sum() / (path.max() - path.min())
+
+
+def test_shattered_gradients_show_in_the_surface_and_over_the_steps(digits, undefended):
+    fake = FAKES["shattered"][0](undefended)
+    x, y = digits.x[:40], digits.y[:40]
+    clean = survivors(undefended, x, y, eps=0, steps=0) & survivors(fake, x, y, eps=0, steps=0)
+    planes, late = {}, {}
+    for name, net in (("honest", undefended), ("fake", fake)):
+        gradient = tool.input_gradient(net, x[:4], y[:4], "ce", 40)
+        planes[name] = tool.loss_surface(net, x[:4], y[:4], gradient, EPS, "linf", 40)
+        masks = tool.steps_curve(net, x, y, clean, (5, 50), loss="ce", batch_size=40, eps=EPS, step_size=EPS / 4)
+        late[name] = (masks[5] & ~masks[50]).sum().item()
+    honest, broken = (torch.stack([detour(p) for p in planes[name]]) for name in ("honest", "fake"))
+    assert (honest < 1.2).all() and (broken > 1.5).all()
+    assert late["fake"] >= late["honest"] + 4  # the one that falls only in the end
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_surface_on_a_linear_network(norm):
+    """Its loss is that of the logits plus what both directions add to them, where the box does not cut them off."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)).eval()
+    x, y, eps = 0.3 + 0.4 * torch.rand(2, 3, 4, 4), torch.tensor([0, 2]), 0.1
+    x[0, 0, 0, 0] = 1  # one step out of the box
+    gradient = tool.input_gradient(net, x, y, "ce", 8)
+    result = tool.loss_surface(net, x, y, gradient, eps, norm, 7, points=5)
+    assert result.shape == (2, 5, 5)
+    length = 1 if norm == "linf" else 48**-0.5
+    at = [eps * length * v for v in (-1, -0.5, 0, 0.5, 1)]
+    g = gradient.sign()
+    for i in range(2):
+        for a in range(5):
+            image = (x[i] + at[a] * g[i]).clamp(0, 1)[None]
+            assert result[i, a, 2].item() == pytest.approx(F.cross_entropy(net(image), y[i : i + 1]).item(), rel=1e-5)
+        across = result[i, 2, [0, 4]] - result[i, 2, 2]
+        assert 0 < across.abs().max() < result[i, 4, 2] - result[i, 2, 2]
+    assert torch.equal(result, tool.loss_surface(net, x, y, gradient, eps, norm, 7, points=5))
+
+
+@pytest.mark.parametrize("loss", ["ce", "margin"])
+def test_steps_curve_is_separate_attacks_in_one_run(loss, digits, undefended):
+    x, y, steps = digits.x[:50], digits.y[:50], (1, 2, 5, 12)
+    attacked = survivors(undefended, x, y, eps=0, steps=0)
+    attacked[::7] = False
+    settings = dict(eps=EPS / 2, step_size=EPS / 8)
+    masks = tool.steps_curve(undefended, x, y, attacked, steps, loss=loss, batch_size=20, **settings)
+    assert list(masks) == list(steps)
+    for k in steps:  # keep_best: an image that any iterate fooled has fallen
+        alone = survivors(undefended, x, y, attacked, steps=k, loss=loss, random_start=False, keep_best=True,
+                          **settings)  # fmt: skip
+        assert torch.equal(masks[k], alone)
+    counts = [masks[k].sum().item() for k in steps]
+    assert attacked.sum().item() > counts[0] > counts[-1] and counts == sorted(counts, reverse=True)
+    assert not (masks[12] & ~attacked).any()
 
 
 # --- Honest networks
@@ -169,6 +241,17 @@ def test_undefended_network_masks_nothing_and_has_no_robustness(digits, undefend
                    use_autoattack=False, log=lambda line: None)  # fmt: skip
     assert result["warnings"] == []
     assert result["clean"] > 0.8 and result["worst"] < 0.1
+    curve, few = result["steps_curve"], result["steps_curve"]["evaluated"]
+    assert few == min(80, tool.QUICK["curve_n"]) and list(curve["accuracy"]) == ["ce", "margin"]
+    for points in curve["accuracy"].values():
+        assert tuple(points) == tool.QUICK["curve_steps"]
+        values = list(points.values())
+        assert values == sorted(values, reverse=True) and values[0] > 0.4 > values[-1]
+    row = result["attacks"][f"100 steps ce, first {few}"]
+    assert row["accuracy"] == curve["accuracy"]["ce"][100] and 0 < row["attacked"] <= few
+    surface = result["surface"]
+    assert torch.tensor(surface["loss"]).shape == (4, 21, 21) and len(surface["images"]) == 4
+    assert {"+ pgd-50 ce, step eps/10", "+ pgd-50 ce, step eps", "+ targeted, 3 classes"} <= set(result["attacks"])
 
 
 def test_models_of_the_same_weights_are_attacked_too(digits, undefended):

@@ -44,12 +44,14 @@ def test_table_leads_with_the_worst_case_and_puts_controls_of_all_seeds_into_one
     for seed in (1, 2, 3):
         run = tmp_path / f"run{seed}"
         run.mkdir()
-        (run / "args.json").write_text(json.dumps(info(seed=seed, control_of=f"runs/{seed}", pairing_weight=seed / 10)))
+        command = f"python aalp.py --control-of runs/{seed} --seed {seed} --runs-dir {tmp_path}"
+        (run / "args.json").write_text(json.dumps(
+            {"command": command} | info(seed=seed, control_of=f"runs/{seed}", pairing_weight=seed / 10)))
         scores = dict(epoch=1, worst=0.1 * seed, clean=0.9, fgsm=0.5, pgd20=0.4, pgd50_margin=0.35, targeted=0.3)
         (run / "results.json").write_text(json.dumps(dict(
             script="aalp", dataset="digits", seed=seed, eps=8 / 255, evaluated=20, train_seconds=1.0,
             images_per_second=2.0, device="cpu", python="3", torch="2", commit="c", robustness_curve={"0": 0.9},
-            command=f"python aalp.py --control-of runs/{seed} --seed {seed} --runs-dir {tmp_path}",
+            command=command,
             checkpoints={"best": scores, "last": scores})))
     words = [sys.executable, ROOT / "benchmark" / "collect.py", tmp_path / "out.csv", *sorted(tmp_path.glob("run*"))]
     done = subprocess.run(words, capture_output=True, text=True)

@@ -458,6 +458,7 @@ def test_cifar10(tmp_path, capsys):
         (6, 32, 32, 3),
     ]
     assert same_images(joined(d.train, d.val), x[:30], y[:30]) and same_images(d.test, x[30:], y[30:])
+    assert all(s.x.is_contiguous() for s in (d.train, d.val, d.test))  # the files hold it as (N, 3, H, W)
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and out.startswith("warning:")
     for part in (str(tmp_path), "cifar10-unofficial", "not the official", "30 training", "6 test"):

@@ -10,17 +10,21 @@ import sys
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot as plt
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+import aalp as aalp_script
 from afa import AFANet, Args
+from benchmark import figures
 from common import data
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmark" / "figures.py"
 FIGURES = ("robustness_curve", "weights", "statistics", "training", "examples")
+OF_AALP = ("features", "conflicts", "sample_weights", "steps", "loss_surface")
 GRID = {"0": 0.9, "1": 0.85, "2": 0.8, "4": 0.7, "6": 0.5, "8": 0.4, "12": 0.1, "16": 0.0, "64": 0.0}
 EPS, LAYERS = 8 / 255, 7
 digits = functools.cache(data.READERS["digits"])
@@ -55,6 +59,44 @@ def make_run(folder, bn="dual", dataset="digits", finished=True):
     data.save(folder / "results.json", dict(script="afa", dataset=dataset, seed=1, eps=EPS, evaluated=20,
                                             checkpoints={"best": row, "last": row}, robustness_curve=GRID,
                                             method=method))
+    return folder
+
+
+OBSERVED = [f"{n}_{level}_{kind}" for n in ("n50", "n90") for level in ("features", "map") for kind in ("clean", "adv")]
+OBSERVED += [f"{kind}_{level}" for kind in ("conflicting", "overemphasised") for level in ("logits", "parameters")]
+
+
+def make_aalp(folder, audit=True, epochs=4, **changes):
+    """The folder of a run of aalp.py, like that of `make_run`. `changes` are arguments that differ from AALP's."""
+    folder.mkdir()
+    args = dict(dataset="digits", arch="preactresnet8", width=4, data_dir=str(folder / "data"), train_size=100,
+                val_size=100, test_size=20, pairing_weight=1.0, guided_dropout="low", sample_weight="clean")
+    args = vars(aalp_script.Args(**{**args, **changes}))
+    data.save(folder / "args.json", dict(script="aalp", dataset="digits", seed=1, args=args))
+    torch.manual_seed(0)
+    net = aalp_script.build(aalp_script.Args(**args), 10)
+    data.save(folder / "best.pt", dict(script="aalp", args=args, classes=10, net=net.state_dict(), epoch=2))
+    with SummaryWriter(folder) as writer:
+        for epoch in range(epochs):
+            for tag in ("losses/clean_ce", "losses/robust_ce", "losses/pairing", "val/clean_acc", "val/robust_acc",
+                        "charts/learning_rate"):
+                writer.add_scalar(tag, 0.5 + 0.1 * epoch, 10 * epoch + 10)
+    history = {k: [i / 20 + e / 100 for e in range(epochs)] for i, k in enumerate(OBSERVED)}
+    history |= {"sample_weight": [0.2 + 0.1 * e for e in range(epochs)],
+                "label_leak": [0.01 * e for e in range(epochs)],
+                "weight_bins": [[float(b + e) for b in range(20)] for e in range(epochs)]}
+    row = {"epoch": 2, "worst": 0.3, "clean": 0.9, "fgsm": 0.6, "pgd20": 0.4, "pgd50_margin": 0.35, "targeted": 0.3}
+    method = {"curves": {"model": GRID}, "test": {k: v[-1] for k, v in history.items() if k in OBSERVED},
+              "history": history, "mean_pairing_weight": 0.35}
+    data.save(folder / "results.json", dict(script="aalp", dataset="digits", seed=1, eps=EPS, evaluated=20,
+                                            checkpoints={"best": row, "last": row}, robustness_curve=GRID,
+                                            method=method))
+    if audit:
+        curve = {loss: {k: 0.9 / k**power for k in (1, 2, 5, 10, 20)} for loss, power in (("ce", 0.3), ("margin", 0.4))}
+        plane = [[0.1 * i + 0.01 * (j - 2) ** 2 for j in range(5)] for i in range(5)]  # i along the gradient
+        data.save(folder / "audit.json", dict(eps=EPS, worst=0.25, evaluated=40,
+                                              steps_curve=dict(evaluated=12, accuracy=curve),
+                                              surface=dict(images=[0, 3], loss=[plane, plane])))
     return folder
 
 
@@ -104,7 +146,10 @@ def test_one_run_draws_everything_into_its_folder(afa, draw):
     done = draw(afa)
     assert done.returncode == 0, done.stderr
     check(afa, FIGURES)
-    assert done.stdout.splitlines() == [f"wrote {afa / name}.png" for name in FIGURES]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("wrote")]
+    assert lines == [f"wrote {afa / name}.png" for name in FIGURES]
+    assert [line.split(".png")[0] for line in done.stdout.splitlines() if line not in lines] == [
+        f"no {name}" for name in OF_AALP]
 
 
 def test_several_runs_with_labels(afa, draw, tmp_path, monkeypatch):
@@ -139,6 +184,82 @@ def test_a_run_without_what_is_particular_to_a_method(afa, draw, tmp_path):
     done = draw(run)
     assert done.returncode == 0, done.stderr
     check(run, ("robustness_curve", "training"))
+
+
+def runs_of(*folders):
+    runs = [figures.Run(folder) for folder in folders]
+    for run, color, marker in zip(runs, figures.COLORS, figures.MARKERS):
+        run.color, run.marker = color, marker
+    return runs
+
+
+def drawn(ax):
+    """Values of the lines of a panel, in the order in which they were drawn."""
+    return [line.get_ydata() for line in ax.lines]
+
+
+@pytest.mark.parametrize(("changes", "label"), [
+    ({}, "AALP"),
+    (dict(method="aalp", guided_dropout="random"), "ALP + dropout (random) + weights"),
+    (dict(method="alp", guided_dropout="none", sample_weight="none"), "ALP"),
+    (dict(method="alp", sample_weight="none"), "ALP + dropout"),
+    (dict(method="alp", guided_dropout="none"), "ALP + weights"),
+    (dict(method="alp", guided_dropout="none", sample_weight="conflict"), "ALP + weights (conflict)"),
+    (dict(method="alp", guided_dropout="none", sample_weight="none", control_of="runs/x"), "ALP control"),
+    (dict(method="at", guided_dropout="none", sample_weight="none", pairing_weight=0.0), "AT"),
+    (dict(eps=0.0), "undefended"),
+])  # fmt: skip
+def test_labels_of_aalp_runs(changes, label, tmp_path):
+    info = dict(script="aalp", args=vars(aalp_script.Args(**{
+        "pairing_weight": 1.0, "guided_dropout": "low", "sample_weight": "clean", **changes})))
+    data.save(tmp_path / "args.json", info)
+    data.save(tmp_path / "results.json", dict(script="aalp", eps=EPS))
+    assert figures.Run(tmp_path).label == label
+
+
+def test_runs_of_aalp_side_by_side(draw, tmp_path):
+    plain = dict(guided_dropout="none", sample_weight="none")
+    folders = make_aalp(tmp_path / "a"), make_aalp(tmp_path / "b", audit=False, pairing_weight=0.0, epochs=2, **plain)
+    done = draw(*folders, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    check(tmp_path / "out", ("robustness_curve", *OF_AALP, "training", "examples"))
+    with matplotlib.rc_context():
+        numbers_of(*runs_of(*folders))
+        plt.close("all")
+
+
+def numbers_of(full, at):
+    history, audit = full.history, full.audit
+    axes = figures.features([full, at]).axes
+    for ax, key in zip(axes, ("n50_features", "n50_map", "n90_features", "n90_map")):
+        expected = [run.history[f"{key}_{kind}"] for run in (full, at) for kind in ("clean", "adv")]
+        assert all(np.allclose(a, b) for a, b in zip(drawn(ax), expected, strict=True))
+    axes = figures.conflicts([full, at]).axes  # no pairing in AT
+    for ax, key in zip(axes, OBSERVED[-4:], strict=True):
+        assert len(ax.lines) == 1 and np.allclose(drawn(ax), history[key])
+    assert figures.conflicts([at]) == "no run pairs logits"
+
+    figure = figures.sample_weights([full, at])
+    map_, leak = figure.axes[:2]
+    shares = map_.collections[0].get_array().reshape(20, 4)
+    assert np.allclose(shares.sum(0), 100) and np.allclose(shares[:, 0], 100 * np.arange(20) / 190)
+    assert all(np.allclose(values, history["sample_weight"]) for values in drawn(map_))
+    assert np.allclose(drawn(leak)[0], [0, 1, 2, 3]) and len(leak.lines) == 2  # the other is 0
+    assert isinstance(figures.sample_weights([at]), str)
+
+    (ax,) = figures.steps([full, at]).axes
+    assert ax.get_xscale() == "log" and len(ax.lines) == 2
+    for line, points in zip(ax.lines, audit["steps_curve"]["accuracy"].values()):
+        assert np.allclose(line.get_xdata(), [1, 2, 5, 10, 20])
+        assert np.allclose(line.get_ydata(), [100 * v for v in points.values()])
+    assert "audit.py" in figures.steps([at]) and "audit.py" in figures.loss_surface([at])
+
+    panels = [ax for ax in figures.loss_surface([full, at]).axes if "image" in ax.get_title()]
+    assert [ax.get_title().split(":")[0] for ax in panels] == ["image 0", "image 3"]
+    assert "to the right +0.2,\nup or down at most +0.04" in panels[0].get_title()
+    for collection in panels[0].collections[:1]:  # bright where the loss is high: at the right, along the gradient
+        low, high = (collection.get_paths()[i].vertices[:, 0].mean() for i in (0, -2))
+        assert low < -0.3 and high > 0.3
 
 
 def test_refusals(afa, draw, tmp_path):

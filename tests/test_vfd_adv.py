@@ -477,8 +477,8 @@ def test_a_run_leaves_what_the_docs_promise(tiny):
     assert set(method["distance"]) == seen
     assert set(method["teacher"]) == {"dataset", "arch", "width", "val_clean", "test_clean"}
     saved = json.loads((run / "args.json").read_text())["args"]
-    assert saved["lambda_adv"] == saved["lambda_nat"] == pytest.approx(0.1 * d / 10)  # a tenth of D / K
-    assert "lambda_adv 0.16," in output and "worst" in output
+    assert saved["lambda_adv"] == saved["lambda_nat"] == pytest.approx(vfd_adv.LAMBDA * d / 10)  # of D / K
+    assert "lambda_adv 0.048," in output and "worst" in output
 
 
 def test_tensorboard_and_the_docs_have_the_same_tags(tiny, runs):
@@ -523,7 +523,7 @@ def test_other_settings_of_the_method_run(arguments, runs):
     # Under autocast a pass without a gradient may leave its casts of the weights to the next one, cut from the weights.
     assert len(names["optimizer"].state) == len(list(names["net"].parameters())) + 2 * ("features" in arguments)
     if "logits" in arguments or "normalized" in arguments:
-        assert names["args"].lambda_adv == 0.1  # these have no width that a default should follow
+        assert names["args"].lambda_adv == vfd_adv.LAMBDA  # these have no width that a default should follow
 
 
 def test_killed_it_resumes_to_the_same_bits_without_the_cache(tiny, tmp_path):

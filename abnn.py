@@ -7,8 +7,6 @@ https://arxiv.org/abs/2405.11708
     python abnn.py                                       # embedded images, a few minutes on two CPU cores
     python abnn.py --dataset moving-digits               # embedded video
     python abnn.py --dataset cifar10 --bf16 --compile    # ResNet-18, the substitute trained on CIFAR-100, on a GPU
-
-RESULTS
 """
 
 import hashlib
@@ -33,7 +31,17 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common import data
-from common.pgd import LOSSES, attack_metrics, pgd, survivors
+from common.pgd import (
+    attack_metrics,
+    frame_mask,
+    pgd,
+    pixel_mask,
+    random_corners,
+    search_corners,
+    square_mask,
+    survivors,
+    universal,
+)
 
 SCRIPT = Path(__file__).stem
 
@@ -77,8 +85,8 @@ class Args:
     # --- Method
     defense: Literal["none", "at", "abnn"] = "abnn"  # at: PGD adversarial training, the paper's baseline
     substitute: str | None = None
-    """what S was trained on: a data set's name, self (the same data, another seed), imagenet, kinetics, or a run with
-    --defense none"""
+    """what S was trained on: a data set's name, self (the same data, another seed), imagenet, kinetics, or the folder
+    of a run with --defense none"""
     substitute_arch: Literal["preactresnet18", "wrn-34-10", "preactresnet8", "r3d18", "conv3d", "resnet18", None] = None
     """network of S, self or of a data set (None: the target's)"""
     substitute_width: int | None = None  # its width (None: the target's)
@@ -86,6 +94,7 @@ class Args:
     statistics: Literal["flat", "channel"] | None = None
     """what A sees of S: all its features, as the authors do, or the mean and std of each channel"""
     moments: Literal["sample", "batch"] = "sample"  # mean and std of one sample, or of the batch as the authors do
+    equalised: bool = True  # scale A where it is used, as the authors do; otherwise its start, and it learns far faster
     align_weight: float = 0.0  # weight of a loss that pulls T's statistics towards those of S
     compare_cost: bool = False  # also measure the seconds per epoch of the three defenses, step by step in turn
 
@@ -113,7 +122,11 @@ PRESETS = {
     "ucf101": {"fast": UCF101, "paper": {**UCF101, "frames": 40, "batch_size": 8, "test_size": None}},
 }
 VIDEO = ("moving-digits", "ucf101")
-SIZES = {"tiny-imagenet": 64, "ucf101": 112}  # pixels a side; of the others 32
+SIDES = {"tiny-imagenet": 64, "ucf101": 112}  # pixels a side; of the others 32
+# Side of ROA's square, width of AF's frame, number of SPA's pixels at --attack-strength 1: the authors' 30, 5 and 100
+# of 112 pixels, and their share of smaller images, except where an undefended network withstands them.  [D6]
+ATTACK_SIZES = {"digits": (14, 2, 64), "moving-digits": (9, 1, 32), "ucf101": (30, 5, 100),
+                "tiny-imagenet": (17, 3, 33), **dict.fromkeys(("cifar10", "cifar100", "svhn"), (9, 1, 16))}
 PRETRAINED = {"imagenet": ("resnet18", "ResNet18_Weights.IMAGENET1K_V1"),
               "kinetics": ("r3d18", "R3D_18_Weights.KINETICS400_V1")}  # architecture, torchvision's weights
 
@@ -255,16 +268,19 @@ def mean_std(s, moments):
 class AdaptiveBN(nn.Module):
     """v = std(z_s) BN(z_t) + mean(z_s);  [gamma, beta] = A f + b;  z_t' = gamma v + beta, per sample and channel.
 
-    A is equalised: weights of variance 1, times sqrt(2 / D) where they are used. It starts with gamma around 1 and beta
-    around 0, both already noisy with f. `shape` is that of one sample's z_s.
+    A starts with variance 2 / D: gamma around 1 and beta around 0, both already noisy with f. Equalised, the weights
+    have variance 1, and the scale comes where they are used: a step of SGD then moves A by 2 / D of what it would, next
+    to nothing.  [D5] `shape` is that of one sample's z_s.
     """
 
-    def __init__(self, channels, shape, statistics, moments):
+    def __init__(self, channels, shape, statistics, moments, equalised=True):
         super().__init__()
         self.statistics, self.moments = statistics, moments
         self.bn = (nn.BatchNorm3d if len(shape) == 4 else nn.BatchNorm2d)(channels)
         d = math.prod(shape) if statistics == "flat" else 2 * shape[0]
-        self.weight = nn.Parameter(torch.randn(2 * channels, d))
+        scale = (2 / d) ** 0.5
+        self.weight = nn.Parameter(torch.randn(2 * channels, d) * (1 if equalised else scale))
+        self.scale = scale if equalised else 1
         self.bias = nn.Parameter(torch.cat([torch.ones(channels), torch.zeros(channels)]))
 
     def forward(self, z, s):
@@ -273,8 +289,8 @@ class AdaptiveBN(nn.Module):
         f = s.flatten(1)
         if self.statistics == "channel":  # statistics in the usual sense of the word, and a few % of the weights  [D2]
             per_channel = s.float().flatten(2)
-            f = torch.cat([per_channel.mean(2), per_channel.std(2)], 1)
-        gamma, beta = F.linear(f, self.weight * (2 / f.shape[1]) ** 0.5, self.bias).chunk(2, 1)
+            f = torch.cat([per_channel.mean(2), per_channel.std(2, correction=0)], 1)  # a map may be a single position
+        gamma, beta = F.linear(self.scale * f, self.weight, self.bias).chunk(2, 1)  # f is smaller than A
         # gamma (std u + mean) + beta as one multiplication and one addition of the large tensor u = BN(z).
         scale, shift = (v.to(z.dtype).view(-1, z.shape[1], *[1] * (z.ndim - 2))
                         for v in (gamma * std, gamma * mean + beta))
@@ -299,12 +315,12 @@ class ABNN(nn.Module):
             raise data.UserError(f"S ({args.substitute_arch}) has {len(self.taps)} groups and T ({args.arch}) has "
                                  f"{len(self.groups)}: choose two architectures with the same number")
         self.norms = nn.ModuleList()
-        z = s = torch.zeros(1, 3, *[args.frames] * self.video, *[SIZES.get(args.dataset, 32)] * 2)
+        z = s = torch.zeros(1, 3, *[args.frames] * self.video, *[SIDES.get(args.dataset, 32)] * 2)
         self.eval()
         with torch.no_grad():  # zeros, for the shapes
             for group, tap in zip(self.groups, self.taps):
                 z, s = group(z), tap(s)
-                self.norms.append(AdaptiveBN(z.shape[1], s.shape[1:], args.statistics, args.moments))
+                self.norms.append(AdaptiveBN(z.shape[1], s.shape[1:], args.statistics, args.moments, args.equalised))
         self.train()
         self.substitute.requires_grad_(False), self.twin.requires_grad_(False)
 
@@ -321,11 +337,9 @@ class ABNN(nn.Module):
 
         Appends (z_t, z_s) of each tap to the list `record`.
         """
-        z = s = x
+        z, s = x, x.detach() if detach else x  # S is frozen: without x there is nothing to differentiate
         for group, tap, norm in zip(self.groups, self.taps, self.norms):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
-                s = tap(s)
-            z = group(z)
+            z, s = group(z), tap(s)
             if record is not None:
                 record.append((z, s))
             z = norm(z, s)
@@ -333,8 +347,7 @@ class ABNN(nn.Module):
 
 
 def distance(record):
-    """Sum over the taps of (mean_t - mean_s)^2 + (std_t - std_s)^2, averaged over samples: what T is said to learn to
-    close.  [D1]"""
+    """Sum over the taps of (mean_t - mean_s)^2 + (std_t - std_s)^2, averaged over samples.  [D1]"""
     pairs = [[torch.cat(mean_std(v, "sample"), 1) for v in pair] for pair in record]
     return sum((t - s).square().sum(1).mean() for t, s in pairs)
 
@@ -350,8 +363,8 @@ def training_loss(net, x, y, args, rise=1.0, generator=None):
         x = pgd(net, x, y, eps=rise * args.eps, step_size=rise * step_size, steps=args.attack_steps if args.eps else 0,
                 norm=args.norm, generator=generator)
     net.train()
-    record = [] if args.defense == "abnn" and args.align_weight else None
-    logits = net(x) if record is None else net(x, record=record)
+    record = []
+    logits = net(x, record=record) if args.defense == "abnn" and args.align_weight else net(x)
     loss = F.cross_entropy(logits.float(), y)
     terms = {"robust_ce" if args.defense == "at" else "clean_ce": loss}
     if record:
@@ -368,26 +381,50 @@ def optimizer_of(net, args):
     return torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=True, weight_decay=args.weight_decay)
 
 
-def set_lr(optimizer, t, args):
-    """The rate after t of the epochs: one cycle, or steps at the milestones. Returns its factor."""
-    if args.milestones:
-        factor = 0.1 ** sum(t >= m for m in args.milestones)
-    else:  # one cycle: up for 30 % of the steps, then down to 0
-        factor = min(t / args.epochs / 0.3, (1 - t / args.epochs) / 0.7)
-    for group in optimizer.param_groups:
-        group["lr"] = factor * group["peak"]
-    return factor
+def train_step(net, optimizer, x, y, args, rise=1.0, generator=None):
+    """One step of the optimizer; terms of the loss, and logits."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
+        loss, terms, logits = training_loss(net, x, y, args, rise, generator)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return terms, logits
+
+
+def train_epoch(net, optimizer, d, args, epoch, bar=None):
+    """One epoch: the means of loss terms and of accuracy {tag: number}, and the last learning rate's factor.
+
+    All chance in it is that of (seed, epoch).
+    """
+    sums, steps = defaultdict(float), data.steps_per_epoch(len(d.train.y), args.batch_size)
+    generator = torch.Generator(d.train.x.device).manual_seed(2_000_003 * args.seed + epoch)
+    of_video = dict(frames=args.frames) if args.dataset in VIDEO else {}
+    batches = data.clip_batches if of_video else data.batches
+    for i, (x, y) in enumerate(batches(d.train, args.batch_size, seed=args.seed, epoch=epoch, **d.augment, **of_video)):
+        t = epoch + (i + 0.5) / steps  # epochs, at the middle of the step
+        if args.milestones:
+            factor = 0.1 ** sum(t >= m for m in args.milestones)
+        else:  # one cycle: up for 30 % of the steps, then down to 0
+            factor = min(t / args.epochs / 0.3, (1 - t / args.epochs) / 0.7)
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group["peak"]
+        rise = min(1.0, t / args.eps_warmup_epochs) if args.eps_warmup_epochs else 1.0
+        terms, logits = train_step(net, optimizer, x, y, args, rise, generator)
+        for k, v in terms.items():  # the sums stay on the device: to read one here would stall it
+            sums[f"losses/{k}"] += v.detach() / steps
+        name = "train/robust_acc" if args.defense == "at" else "train/clean_acc"
+        sums[name] += (logits.argmax(1) == y).float().mean() / steps
+        if bar is not None:
+            bar.update()
+    means = {k: v.item() for k, v in sums.items()}
+    if not all(math.isfinite(v) for v in means.values()):
+        raise data.UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {args.lr:g}")
+    return means, factor
 
 
 def load_data(args, device):
     options = dict(frames=args.frames, split=args.split) if args.dataset in VIDEO else {}
     return data.load(args.dataset, args.data_dir, device, args.train_size, args.val_size, args.test_size, **options)
-
-
-def batches_of(d, args, epoch):
-    of_video = dict(frames=args.frames) if args.dataset in VIDEO else {}
-    batches = data.clip_batches if args.dataset in VIDEO else data.batches
-    return batches(d.train, args.batch_size, seed=args.seed, epoch=epoch, **d.augment, **of_video)
 
 
 def pretrained(name, net):
@@ -412,9 +449,9 @@ def clean_network(args, d, device):
     The file is a checkpoint like those of a run with --defense none.
     """
     args = replace(args, defense="none", epochs=args.clean_epochs)
-    start = "kinetics" if args.substitute == "kinetics" else None
+    start = "kinetics" if (args.substitute, args.arch) == ("kinetics", "r3d18") else None
     kept = ("arch", "width", "epochs", "batch_size", "lr", "milestones", "weight_decay", "train_size", "val_size",
-            "bf16", "frames", "split", "seed")
+            "bf16", "frames", "split", "seed")  # all that makes another network
     key = json.dumps({"data": d.name, "start": start, **{k: getattr(args, k) for k in kept}})
     digest = hashlib.sha256(key.encode()).hexdigest()[:10]
     path = Path(args.runs_dir, "substitutes", f"{d.name}__{args.arch}__{args.seed}__{digest}.pt")
@@ -423,29 +460,20 @@ def clean_network(args, d, device):
         if state.get("key") != key:
             raise data.UserError(f"{path} was trained otherwise than this run needs it: delete it to train it again")
         return net
-    torch.manual_seed(args.seed)
-    net = build(args, len(d.classes))
-    net = (pretrained(start, net) if start else net).to(device, memory_format=torch.channels_last)
-    optimizer, steps = optimizer_of(net, args), data.steps_per_epoch(len(d.train.y), args.batch_size)
-    for epoch in range(args.epochs):
-        mean = 0
-        for i, (x, y) in enumerate(batches_of(d, args, epoch)):
-            set_lr(optimizer, epoch + (i + 0.5) / steps, args)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                loss, _, _ = training_loss(net, x, y, args)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            mean = mean + loss.detach() / steps
-        if not math.isfinite(mean := mean.item()):
-            raise data.UserError(f"the loss of a clean network is not finite: try a lower --lr than {args.lr:g}")
-        print(f"clean training of {path.stem}: epoch {epoch + 1}/{args.epochs}, loss {mean:.3f}", flush=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise data.UserError(f"--runs-dir {args.runs_dir} cannot be used: {error}") from None
-    data.save(path, dict(script=SCRIPT, args=asdict(args), classes=len(d.classes), net=net.state_dict(),
-                         epoch=args.epochs, key=key))
+    torch.manual_seed(args.seed)
+    net = build(args, len(d.classes))
+    net = (pretrained(start, net) if start else net).to(device, memory_format=torch.channels_last)
+    optimizer = optimizer_of(net, args)
+    for epoch in range(args.epochs):
+        means, _ = train_epoch(net, optimizer, d, args, epoch)
+        print(f"clean training of {path.stem}: epoch {epoch + 1}/{args.epochs}, loss {means['losses/clean_ce']:.3f}",
+              flush=True)
+    data.save(path, dict(script=SCRIPT, args=asdict(args), classes=len(d.classes), net=net.state_dict(), key=key,
+                         optimizer=optimizer.state_dict(), epoch=args.epochs, best=-1.0, train_seconds=0.0, history={}))
     return net.eval()
 
 
@@ -525,80 +553,11 @@ def evaluate(net, x, y, eps, norm, others=()):
 PHYSICAL = ("pgd", "roa", "roa_search", "af", "af_universal", "spa")
 
 
-def sizes(args, side):
-    """Side of the square, width of the frame, number of pixels, in images of so many pixels a side.  [D6]
-
-    30, 5 and 100 of 112 pixels, as the authors have it; 9, 1 and 16 of 32. The strength multiplies the areas.
-    """
+def sizes(args):
+    """Side of the square, width of the frame, number of pixels: the strength multiplies the areas.  [D6]"""
+    square, width, pixels = ATTACK_SIZES[args.dataset]
     k = args.attack_strength
-    return {"roa": round(30 / 112 * side * k**0.5), "af": max(5 * k * side // 112, 1),
-            "spa": k * max(round(100 * (side / 112) ** 2), 16)}
-
-
-def of_frames(x):
-    """(N,) of images, (N, T) of clips: every frame has a position of its own."""
-    return (len(x),) if x.ndim == 4 else (len(x), x.shape[2])
-
-
-def square_mask(corner, side, x):
-    """The squares with upper left corners `corner` (N, [T,] 2), boolean (N, 1, [T,] H, W)."""
-    at = corner.unsqueeze(-1)
-    rows, columns = ((i >= c) & (i < c + side) for i, c in (
-        (torch.arange(n, device=x.device), at[..., k, :]) for k, n in enumerate(x.shape[-2:])))
-    return (rows[..., :, None] & columns[..., None, :]).unsqueeze(1)
-
-
-def frame_mask(width, x):
-    """The border of every image, boolean (H, W)."""
-    mask = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device)
-    mask[width:-width, width:-width] = False
-    return mask
-
-
-def pixel_mask(count, x, generator):
-    """So many random pixels of every frame, boolean (N, 1, [T,] H, W)."""
-    score = torch.rand(*of_frames(x), x.shape[-2:].numel(), device=x.device, generator=generator)
-    mask = torch.zeros_like(score, dtype=torch.bool).scatter(-1, score.topk(count).indices, True)
-    return mask.unflatten(-1, x.shape[-2:]).unsqueeze(1)
-
-
-def search_corner(source, x, y, side, loss, candidates=20):
-    """Corners (N, [T,] 2) by gradient search (Wu et al. 2020, arXiv 1909.09552).
-
-    Of the windows with the largest squared gradient the one in which a grey square raises the loss most. In a clip the
-    k-th best windows of all frames are tried together.
-    """
-    x = x.detach().requires_grad_()
-    with torch.enable_grad():
-        (grad,) = torch.autograd.grad(LOSSES[loss](source(x).float(), y).sum(), x)
-    stride = max(side // 4, 1)
-    heat = grad.square().sum(1).reshape(-1, 1, *x.shape[-2:])
-    heat = F.avg_pool2d(heat / heat.flatten(1).amax(1).clamp_min(1e-30).view(-1, 1, 1, 1), side, stride)
-    best = heat.flatten(1).topk(min(candidates, heat[0].numel())).indices.T  # of every frame
-    corners = stride * torch.stack([best // heat.shape[-1], best % heat.shape[-1]], -1).unflatten(1, of_frames(x))
-    with torch.no_grad():
-        tried = [LOSSES[loss](source(x.masked_fill(square_mask(c, side, x), 0.5)).float(), y) for c in corners]
-    return corners[torch.stack(tried).argmax(0), torch.arange(len(x), device=x.device)]
-
-
-class Framed(nn.Module):
-    """One frame (1, 3, [T,] H, W) to the logits of all of x inside it: PGD on this network makes a universal frame."""
-
-    def __init__(self, source, x, mask):
-        super().__init__()
-        self.net = source.func if isinstance(source, partial) else source  # so that pgd sees its parameters and modes
-        self.source, self.x, self.mask = source, x, mask
-        self.training = False
-
-    def forward(self, frame):
-        return self.source(torch.where(self.mask, frame, self.x))
-
-
-def universal_frame(source, x, y, args, generator, steps=50, loss="ce"):
-    """One frame (1, 3, [T,] H, W) against all of x, from random; x are not the images of the test."""
-    mask = frame_mask(sizes(args, x.shape[-1])["af"], x)
-    return pgd(Framed(source, x, mask), torch.full_like(x[:1], 0.5), y, eps=1.0, step_size=0.05, steps=steps, mask=mask,
-               loss=loss, generator=generator)
+    return {"roa": min(round(square * k**0.5), SIDES.get(args.dataset, 32)), "af": k * width, "spa": k * pixels}
 
 
 def craft(name, source, x, y, args, generator, steps=30, loss="ce", frame=None):
@@ -606,27 +565,24 @@ def craft(name, source, x, y, args, generator, steps=30, loss="ce", frame=None):
 
     Outside the ball of PGD a pixel may take every value: 30 steps of .05 from grey, from random (frame) or from black.
     """
-    eps, size = args.eps or 8 / 255, sizes(args, x.shape[-1])
+    eps, size = args.eps or 8 / 255, sizes(args)
     if name == "pgd":
         return pgd(source, x, y, eps=eps, step_size=eps / 4, steps=min(steps, 20), norm=args.norm, loss=loss,
                    generator=generator)
-    attack = partial(pgd, eps=1.0, step_size=0.05, steps=steps, loss=loss, generator=generator)
+    attack = partial(pgd, source, y=y, eps=1.0, step_size=0.05, steps=steps, loss=loss, generator=generator)
     border = frame_mask(size["af"], x)
     if name == "af":
-        return attack(source, x, y, mask=border)
+        return attack(x, mask=border)
     if name == "af_universal":
         return torch.where(border, frame, x)
     if name == "spa":
         mask, colour = pixel_mask(size["spa"], x, generator), 0.0
     else:
-        mask, colour = None, 0.5
-        if name == "roa_search":
-            corner = search_corner(source, x, y, size["roa"], loss)
-        else:
-            corner = torch.randint(x.shape[-1] - size["roa"] + 1, (*of_frames(x), 2), device=x.device,
-                                   generator=generator)
-        mask = square_mask(corner, size["roa"], x)
-    return attack(source, x.masked_fill(mask, colour), y, mask=mask, random_start=False)
+        search = name == "roa_search"
+        corners = (search_corners(source, x, y, size["roa"], loss) if search else
+                   random_corners(size["roa"], x, generator))
+        mask, colour = square_mask(corners, size["roa"], x), 0.5
+    return attack(x.masked_fill(mask, colour), mask=mask, random_start=False)
 
 
 def above(a, b):
@@ -657,7 +613,8 @@ def evaluate_threats(net, x, y, known, args, part):
                 continue  # without a gradient there is no search
             alive[row], generator = clean.clone(), torch.Generator(x.device).manual_seed(0)
             if name == "af_universal":
-                how = {**how, "frame": universal_frame(source, *known, args, generator, **how)}
+                border = frame_mask(sizes(args)["af"], x)
+                how = {**how, "frame": universal(source, *known, border, generator=generator, **{"steps": 50, **how})}
             for i in clean.nonzero().squeeze(1).split(part) if clean.any() else ():
                 x_adv = craft(name, source, x[i], y[i], args, generator, **how)
                 with torch.no_grad():
@@ -673,8 +630,11 @@ def evaluate_threats(net, x, y, known, args, part):
     return table, warnings
 
 
-def verdict(table):
+def verdict(table, classes):
     """What the full white box leaves, in a plain sentence."""
+    clean = table["worst"]["clean"]
+    if clean <= 1.5 / classes:
+        return f"right on {clean:.3f} without an attack, hardly more than by guessing: there is nothing to defend"
     left = {name: min(table["C ce"][name], table["C margin"][name]) for name in PHYSICAL}
     broken = [name for name in PHYSICAL if left[name] <= 0.02]
     if not broken:
@@ -699,27 +659,28 @@ def measure(net, x, y, eps, args, part):
     return curves
 
 
-def seconds_per_epoch(args, d, device, steps, rounds=10):
+def seconds_per_epoch(args, d, device, rounds=10):
     """{defense: seconds}: the median of steps that the three take in turn. PGD-10 whatever --attack-steps is.  [D8]"""
     runners, seconds, generator = {}, defaultdict(list), torch.Generator(device).manual_seed(0)
     for defense in ("none", "at", "abnn"):
-        own = replace(args, defense=defense, attack_steps=10)
+        own = replace(args, defense=defense, attack_steps=10, eps=args.eps or 8 / 255)
         net = build(own, len(d.classes)).to(device, memory_format=torch.channels_last)
         if args.compile:
             net.compile()
-        runners[defense] = own, net, optimizer_of(net, own)
-    x, y = next(iter(batches_of(d, args, 0)))
+        runners[defense] = net, optimizer_of(net, own), own
+    side = SIDES.get(args.dataset, 32)
+    shape = (3, args.frames, side, side) if args.dataset in VIDEO else (3, side, side)
+    size = min(args.batch_size, len(d.train.y))
+    x = torch.rand(size, *shape, device=device)  # what is in the images does not matter to the clock
+    y = torch.randint(len(d.classes), (size,), device=device)
     for i in range(rounds + 2):
-        for defense, (own, net, optimizer) in runners.items():
+        for defense, (net, optimizer, own) in runners.items():
             started = time.perf_counter()
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                loss, _, _ = training_loss(net, x, y, own, generator=generator)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            loss.item()  # waits for the device
+            terms, _ = train_step(net, optimizer, x, y, own, generator=generator)
+            sum(terms.values()).item()  # waits for the device
             if i >= 2:  # the first steps allocate, and compile
                 seconds[defense].append(time.perf_counter() - started)
+    steps = data.steps_per_epoch(len(d.train.y), args.batch_size)
     result = {defense: steps * median(values) for defense, values in seconds.items()}
     return result | {"at_over_abnn": result["at"] / result["abnn"]}
 
@@ -752,34 +713,43 @@ if __name__ == "__main__":
     if run:
         net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
         args = tyro.cli(Args, description=__doc__, default=own)
-        free = ["resume", "eval_only", "device", "data_dir", "runs_dir", "compile"]
+        free = ["resume", "eval_only", "device", "data_dir", "runs_dir", "compile", "compare_cost"]
         free += ["eps", "norm", "test_size", "attack_strength"] if args.eval_only else []
         if changed := [k for k, v in asdict(own).items() if k not in free and getattr(args, k) != v]:
             raise data.UserError(f"{run} had another value of {', '.join(changed)}: leave it out")
-    preset = {k: v for k, v in PRESETS[args.dataset][args.preset].items() if getattr(args, k) is None}
-    args = replace(args, **preset)
+    given = args
+    args = replace(args, **{k: v for k, v in PRESETS[args.dataset][args.preset].items() if getattr(args, k) is None})
     data.check(args, frames=(1, math.inf), clean_epochs=(1, math.inf), substitute_width=(1, math.inf),
                align_weight=(0, math.inf))
     video = args.dataset in VIDEO
     if (args.arch in ("r3d18", "conv3d")) != video:
         raise data.UserError(f"--arch {args.arch} is not for {args.dataset}: one is of images, the other of video")
-    if not run and args.defense == "abnn":
+    if args.defense == "abnn" and not run or args.compare_cost and not args.substitute_arch:
         args, substitute = find_substitute(args)
+    preset = {k: v for k, v in asdict(args).items() if v != getattr(given, k)}
+
+    def interrupted(*_):
+        after = f"to continue after the last finished epoch: python {SCRIPT}.py --resume {run_dir}"
+        print("\ninterrupted; " + (after if run_dir else "there is nothing to continue yet: start it again"))
+        raise SystemExit(130)
+
+    run_dir = (Path(run) if Path(run).is_dir() else Path(run).parent) if run else None
+    signal.signal(signal.SIGINT, interrupted)
 
     # Data, network, optimizer.
     device = data.device(args.device)
     d = load_data(args, device)
-    x_test, y_test = data.to_float(d.test.x), d.test.y
-    side = SIZES.get(args.dataset, 32)
+    side = SIDES.get(args.dataset, 32)
     x_val, y_val = data.to_float(data.centre_clips(d.val.x, args.frames, side) if video else d.val.x), d.val.y
-    part = 16 if args.arch == "r3d18" else 500  # samples in a pass of the evaluation
-    torch.manual_seed(args.seed)
+    x_test, y_test = data.to_float(d.test.x), d.test.y
+    part = max(500 * 32**2 // ((args.frames if video else 1) * side**2), 16)  # samples in a pass of the evaluation
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     torch.backends.cudnn.benchmark = True
+    torch.manual_seed(args.seed)
     net = (net if run else build(args, len(d.classes))).to(device, memory_format=torch.channels_last)
     if not run and args.defense == "abnn":
         assemble(net, args, d, device, substitute)
-    elif not run and args.substitute == "kinetics":
+    elif not run and (args.substitute, args.arch) == ("kinetics", "r3d18"):
         pretrained("kinetics", net)  # a start like that of the clean network beneath ABNN
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # modes, ends, precisions: beyond the limit it goes eager, silently
@@ -791,7 +761,6 @@ if __name__ == "__main__":
     # The run's folder.
     progress = dict(epoch=0, best=-1.0, train_seconds=0.0, history={})
     if run:
-        run_dir = Path(run) if Path(run).is_dir() else Path(run).parent
         progress = {k: state[k] for k in progress}
         optimizer.load_state_dict(state["optimizer"])
     else:
@@ -801,22 +770,17 @@ if __name__ == "__main__":
         data.save(run_dir / name, dict(script=SCRIPT, args=asdict(args), classes=len(d.classes), net=net.state_dict(),
                                        optimizer=optimizer.state_dict(), **progress))
 
-    def interrupted(*_):
-        print(f"\ninterrupted; to continue after the last finished epoch: python {SCRIPT}.py --resume {run_dir}")
-        raise SystemExit(130)
-
-    signal.signal(signal.SIGINT, interrupted)
     info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, **data.environment(device))
     writer = None if args.eval_only else SummaryWriter(run_dir, purge_step=progress["epoch"] * steps + 1)
     if not run:
-        data.save(run_dir / "args.json", {**info, "args": asdict(args)})
+        data.save(run_dir / "args.json", {**info, "args": asdict(args), "preset": [*preset]})  # what was left out
         table = "\n".join(f"|{k}|{v}|" for k, v in {**info, **asdict(args)}.items())
         writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + table)
         checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
+    what = "clips" if video else "images"
     print(f"{run_dir}: {sum(p.numel() for p in net.parameters() if p.requires_grad):,} parameters to train, "
-          f"{info['device']}, {'clips' if video else 'images'} to train, validate and test: "
-          f"{len(d.train.y)}, {len(y_val)}, {len(y_test)}; preset: "
-          + ", ".join(f"{k} {v}" for k, v in preset.items()), flush=True)
+          f"{info['device']}, {what} to train, validate and test: {len(d.train.y)}, {len(y_val)}, {len(y_test)}; "
+          "preset: " + ", ".join(f"{k} {v}" for k, v in preset.items()), flush=True)
     if args.defense == "abnn" and args.substitute == "self":
         print("note: the substitute learned from the same data as the target, with another seed: a weaker premise than "
               "the paper's, whose substitute knows other data", flush=True)
@@ -824,25 +788,8 @@ if __name__ == "__main__":
     # Training.
     bar = tqdm(total=args.epochs * steps, initial=progress["epoch"] * steps, disable=not sys.stderr.isatty())
     for epoch in range(progress["epoch"], 0 if args.eval_only else args.epochs):
-        started, sums = time.time(), defaultdict(float)
-        generator = torch.Generator(device).manual_seed(2_000_003 * args.seed + epoch)  # chance is (seed, epoch)'s
-        for i, (x, y) in enumerate(batches_of(d, args, epoch)):
-            t = epoch + (i + 0.5) / steps  # epochs, at the middle of the step
-            factor = set_lr(optimizer, t, args)
-            rise = min(1.0, t / args.eps_warmup_epochs) if args.eps_warmup_epochs else 1.0
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                loss, terms, logits = training_loss(net, x, y, args, rise, generator)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            for k, v in terms.items():  # the sums stay on the device: to read one here would stall it
-                sums[f"losses/{k}"] += v.detach() / steps
-            name = "train/robust_acc" if args.defense == "at" else "train/clean_acc"
-            sums[name] += (logits.argmax(1) == y).float().mean() / steps
-            bar.update()
-        scalars = {k: v.item() for k, v in sums.items()}
-        if not all(math.isfinite(v) for v in scalars.values()):
-            raise data.UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {args.lr:g}")
+        started = time.time()
+        scalars, factor = train_epoch(net, optimizer, d, args, epoch, bar)
         seconds = time.time() - started
 
         # Validation, robust accuracy under the full white box.
@@ -850,8 +797,9 @@ if __name__ == "__main__":
         clean = survivors(net, x_val, y_val, eps=0, steps=0, batch_size=part)
         robust = survivors(net, x_val, y_val, clean, eps=eps_test, steps=10, norm=args.norm, batch_size=part)
         val = {k: mask.sum().item() / len(mask) for k, mask in (("clean_acc", clean), ("robust_acc", robust))}
-        score = val["robust_acc" if args.defense == "at" else "clean_acc"]  # clean training chooses by clean accuracy
-        x_few, y_few, step = x_val[: min(256, 2 * part)], y_val[: min(256, 2 * part)], (epoch + 1) * steps
+        score = val["robust_acc" if args.defense == "at" and args.eps else "clean_acc"]  # what its training is for
+        few = min(256, 2 * part)
+        x_few, y_few, step = x_val[:few], y_val[:few], (epoch + 1) * steps
         x_adv = pgd(net, x_few, y_few, eps=eps_test, step_size=eps_test / 4, steps=10, norm=args.norm,
                     random_start=False)
         speed = steps * min(args.batch_size, len(d.train.y)) / seconds
@@ -867,9 +815,9 @@ if __name__ == "__main__":
                 progress["history"].setdefault(f"distance_{kind}", []).append(scalars[f"abnn/distance_{kind}"])
         for tag, value in scalars.items():
             writer.add_scalar(tag, value, step)
-        frames = [v[:8, :, 0] if video else v[:8] for v in (x_few, x_adv, (0.5 + 10 * (x_adv - x_few)).clamp(0, 1))]
-        writer.add_image("attack/clean_adversarial_10x",
-                         torchvision.utils.make_grid(torch.cat(frames), nrow=len(frames[0])), step)
+        rows = torch.cat([x_few[:8], x_adv[:8], (0.5 + 10 * (x_adv - x_few)[:8]).clamp(0, 1)])
+        rows = rows[:, :, 0] if video else rows  # first frames
+        writer.add_image("attack/clean_adversarial_10x", torchvision.utils.make_grid(rows, nrow=len(x_few[:8])), step)
         writer.flush()
         progress.update(epoch=epoch + 1, train_seconds=progress["train_seconds"] + seconds)
         if score > progress["best"]:
@@ -877,16 +825,16 @@ if __name__ == "__main__":
             checkpoint("best.pt")
         checkpoint("last.pt")  # last of all: a run that dies before it repeats the epoch, and finds everything in place
         shown = ", ".join(f"{k} {v:.3f}" for k, v in scalars.items() if k.startswith(("losses", "val")))
-        bar.write(f"epoch {epoch + 1}/{args.epochs}: {shown}, {speed:.0f} {'clips' if video else 'images'}/s")
+        bar.write(f"epoch {epoch + 1}/{args.epochs}: {shown}, {speed:.0f} {what}/s")
     bar.close()
+    cost = seconds_per_epoch(args, d, device) if args.compare_cost else None  # in the precision of training
 
     # Final evaluation: the test split, for the first and only time.
     torch.set_float32_matmul_precision("highest")  # in full float32, on a GPU too
     torch.backends.cudnn.allow_tf32 = False
-    print(f"testing on {len(y_test)} {'clips' if video else 'images'} at eps {255 * eps_test:g}/255 ...", flush=True)
+    print(f"testing on {len(y_test)} {what} at eps {255 * eps_test:g}/255 ...", flush=True)
     one = args.eval_only and not Path(run).is_dir()
-    others = [partial(net, detach=True), net.twin] if args.defense == "abnn" else ()
-    table = {}
+    table, others = {}, [partial(net, detach=True), net.twin] if args.defense == "abnn" else []
     for path in [Path(run)] if one else [run_dir / "best.pt", run_dir / "last.pt"]:
         state = load(path, device)[2]
         net.load_state_dict(state["net"])
@@ -895,37 +843,35 @@ if __name__ == "__main__":
             curves = measure(net, x_test, y_test, eps_test, args, part)
             known = x_val[: min(100, 2 * part)], y_val[: min(100, 2 * part)]
             threats, warnings = evaluate_threats(net, x_test, y_test, known, args, part)
-        same = [row for row in table.values() if row["epoch"] == state["epoch"]]  # the best epoch may be the last
-        if same:
+        if same := [row for row in table.values() if row["epoch"] == state["epoch"]]:  # the best epoch may be the last
             table[path.stem] = same[0]
             continue
         rows = [(len(y), evaluate(net, x, y, eps_test, args.norm, others))  # in parts: a clip takes much memory
                 for x, y in zip(x_test.split(part), y_test.split(part))]
         table[path.stem] = {"epoch": state["epoch"], **{
             k: round(sum(n * row[k] for n, row in rows)) / len(y_test) for k in rows[0][1]}}
+    progress = {k: state[k] for k in progress}  # of the last checkpoint: with --eval-only too
     images = progress["epoch"] * steps * min(args.batch_size, len(d.train.y))
-    method = {"threats": threats, "warnings": warnings, "verdict": verdict(threats), "curves": curves,
-              "history": progress["history"], "sizes": sizes(args, side)}
-    if args.compare_cost and not args.eval_only:
-        method["seconds_per_epoch"] = seconds_per_epoch(args, d, device, steps)
+    method = {"threats": threats, "warnings": warnings, "verdict": verdict(threats, len(d.classes)), "curves": curves,
+              "history": progress["history"], "sizes": sizes(args)}
+    if cost:
+        method["seconds_per_epoch"] = cost
     data.save(run_dir / ("eval.json" if args.eval_only else "results.json"), {
         **info, "eps": eps_test, "evaluated": len(y_test), "train_seconds": progress["train_seconds"],
         "images_per_second": images / max(progress["train_seconds"], 1e-9), "checkpoints": table,
         "robustness_curve": curves["model"], "method": method})
+    columns = ("clean", *PHYSICAL, "all")
     lines = [("checkpoint", *table[path.stem]), *((name, *row.values()) for name, row in table.items()), (),
              ("PGD-20 at eps", *curves), *((f"{k}/255", *(c[k] for c in curves.values())) for k in curves["model"]), (),
-             (args.defense, "clean", *PHYSICAL, "all"),
-             *((row, *(values.get(k, "") for k in ("clean", *PHYSICAL, "all"))) for row, values in threats.items())]
-    if "seconds_per_epoch" in method:
-        cost = method["seconds_per_epoch"]
+             (args.defense, *columns), *((k, *(row.get(name, "") for name in columns)) for k, row in threats.items())]
+    if cost:
         lines += [(), ("s per epoch", *cost), ("", *(round(v, 3) for v in cost.values()))]
     print("\n".join("".join(f"{v:>14.3f}" if isinstance(v, float) else f"{v:>14}" for v in line) for line in lines))
     print("\n".join([f"warning: {w}" for w in warnings] + [method["verdict"]]))
     if writer:
         end = progress["epoch"] * steps
-        points = [(f"test/{name}_{k}", v, end) for name, row in table.items() for k, v in row.items()]
-        points += [(f"test/{row.replace(' ', '_')}_{k}", v, end) for row, values in threats.items()
-                   for k, v in values.items()]
+        points = [(f"test/{name.replace(' ', '_')}_{k}", v, end) for name, row in (table | threats).items()
+                  for k, v in row.items()]
         points += [(f"robustness_curve/{name}", v, float(k)) for name, row in curves.items() for k, v in row.items()]
         for tag, value, x_axis in points:
             writer.add_scalar(tag, value, round(x_axis))

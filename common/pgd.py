@@ -7,7 +7,8 @@
 | CW-style                   | `loss="margin"` (the margin of Carlini & Wagner 2017, inside the ball)   |
 | TRADES' inner attack       | `loss="kl"`, with the clean logits in the place of `y`                   |
 | multi-targeted             | `survivors(..., targets=k)`, with the loss `lead`                        |
-| patch, frame, few pixels   | `mask=...` and `eps=1`                                                   |
+| patch, frame, few pixels   | `mask=...` and `eps=1`, with the masks at the end of this file           |
+| one frame for all inputs   | `universal(...)`                                                         |
 
 Images live in [0,1], going in and coming out. Input normalisation belongs inside the network: then eps always means
 pixels, and no attack can clip in the wrong space.
@@ -16,6 +17,7 @@ pixels, and no attack can clip in the wrong space.
 from functools import partial
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 
@@ -231,3 +233,79 @@ def attack_metrics(model, x, y, x_adv):
         "linf_norm": (x_adv - x).abs().max().item(),
         "l2_norm": (x_adv - x).flatten(1).norm(dim=1).mean().item(),
     }
+
+
+# --- Masks, and where to put them. x are images (N, C, H, W) or clips (N, C, T, H, W), in which every frame has a place
+# of its own.
+
+
+def _frames(x):
+    return (len(x),) if x.ndim == 4 else (len(x), x.shape[2])
+
+
+def random_corners(side, x, generator=None):
+    """Upper left corners (N, [T,] 2), row and column, of squares that lie inside x (side at most H, W)."""
+    rows, columns = (torch.randint(n - side + 1, _frames(x), device=x.device, generator=generator)
+                     for n in x.shape[-2:])  # fmt: skip
+    return torch.stack([rows, columns], -1)
+
+
+def square_mask(corners, side, x):
+    """The squares with upper left corners (N, [T,] 2), boolean (N, 1, [T,] H, W)."""
+    rows, columns = ((i >= c) & (i < c + side) for i, c in (
+        (torch.arange(n, device=x.device), corners[..., k, None]) for k, n in enumerate(x.shape[-2:])))  # fmt: skip
+    return (rows[..., :, None] & columns[..., None, :]).unsqueeze(1)
+
+
+def frame_mask(width, x):
+    """The border of so many pixels, boolean (H, W)."""
+    mask = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device)
+    mask[width : x.shape[-2] - width, width : x.shape[-1] - width] = False
+    return mask
+
+
+def pixel_mask(count, x, generator=None):
+    """`count` random pixels, boolean (N, 1, [T,] H, W)."""
+    score = torch.rand(*_frames(x), x.shape[-2:].numel(), device=x.device, generator=generator)
+    mask = torch.zeros_like(score, dtype=torch.bool).scatter(-1, score.topk(count).indices, True)
+    return mask.unflatten(-1, x.shape[-2:]).unsqueeze(1)
+
+
+def search_corners(model, x, y, side, loss="ce", candidates=20):
+    """Corners (N, [T,] 2) of squares by gradient search (Wu et al. 2020, arXiv 1909.09552).
+
+    Of the windows with the largest squared gradient the one in which a grey square raises the loss most. In a clip the
+    k-th best windows of all frames are tried together.
+    """
+    x, loss_fn = x.detach().requires_grad_(), LOSSES[loss]
+    with torch.enable_grad():
+        (grad,) = torch.autograd.grad(loss_fn(model(x).float(), y).sum(), x)
+    stride = max(side // 4, 1)
+    # The largest gradient of each sample becomes 1, or the squares of small ones underflow.
+    grad = grad / grad.abs().amax(tuple(range(1, x.ndim)), keepdim=True).clamp_min(1e-30)
+    heat = F.avg_pool2d(grad.square().sum(1).reshape(-1, 1, *x.shape[-2:]), side, stride)
+    best = heat.flatten(1).topk(min(candidates, heat[0].numel())).indices.T  # (candidates, N [* T])
+    corners = stride * torch.stack([best // heat.shape[-1], best % heat.shape[-1]], -1).unflatten(1, _frames(x))
+    with torch.no_grad():
+        tried = [loss_fn(model(x.masked_fill(square_mask(c, side, x), 0.5)).float(), y) for c in corners]
+    return corners[torch.stack(tried).argmax(0), torch.arange(len(x), device=x.device)]
+
+
+class _Pasted(nn.Module):
+    """One image or clip (1, C, ...), the logits of all of x with its masked pixels in the place of theirs."""
+
+    def __init__(self, model, x, mask):
+        super().__init__()
+        self.model, self.x, self.mask = model, x, mask
+        self.net = model.func if isinstance(model, partial) else model  # pgd looks at its parameters and modes
+        self.training = False
+
+    def forward(self, pasted):
+        return self.model(torch.where(self.mask, pasted, self.x))
+
+
+def universal(model, x, y, mask, *, steps, step_size=0.05, loss="ce", generator=None):
+    """One image or clip (1, C, ...) whose masked pixels, pasted into all of x, raise the loss; from random, without a
+    bound. Learn it on other samples than those it is tested on."""
+    return pgd(_Pasted(model, x, mask), torch.full_like(x[:1], 0.5), y, eps=1.0, step_size=step_size, steps=steps,
+               mask=mask, loss=loss, generator=generator)  # fmt: skip

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import abnn
 from common import data
-from common.pgd import survivors
+from common.pgd import frame_mask, survivors, universal
 
 ARGS = abnn.Args(**{**abnn.DIGITS, "width": 4, "substitute_arch": "preactresnet8", "substitute_width": 4})
 CLIPS = abnn.Args(**{**abnn.MOVING, "width": 2, "substitute_arch": "conv3d", "substitute_width": 2},
@@ -67,7 +67,7 @@ def test_layer_is_its_equations(statistics, moments):
         mean = values.sum() / len(values)
         std = (((values - mean) ** 2).sum() / (len(values) - 1)) ** 0.5
         f = s[b].flatten() if statistics == "flat" else torch.stack(
-            [s[b, c].mean() for c in range(3)] + [s[b, c].std() for c in range(3)])
+            [s[b, c].mean() for c in range(3)] + [s[b, c].std(correction=0) for c in range(3)])
         for c in range(5):
             gamma = (2 / len(f)) ** 0.5 * (layer.weight[c] * f).sum() + layer.bias[c]
             beta = (2 / len(f)) ** 0.5 * (layer.weight[5 + c] * f).sum() + layer.bias[5 + c]
@@ -97,13 +97,33 @@ def test_layer_with_neutral_statistics_is_batchnorm(clips):
     torch.testing.assert_close(layer(z, s), plain(z), rtol=1e-4, atol=1e-5)
 
 
-def test_layer_starts_with_gamma_around_one_and_beta_around_zero():
-    torch.manual_seed(0)
-    layer = abnn.AdaptiveBN(2000, (8, 4, 4), "flat", "sample")
-    s = torch.randn(1, 8, 4, 4)
-    gamma, beta = F.linear(s.flatten(1), layer.weight * (2 / 128) ** 0.5, layer.bias).chunk(2, 1)
-    assert abs(gamma.mean() - 1) < 0.15 and abs(beta.mean()) < 0.15
-    assert gamma.std().item() == pytest.approx(2**0.5, rel=0.2)  # the equalised scale: twice the mean square of f
+def test_layer_starts_with_gamma_around_one_and_beta_around_zero_equalised_or_not():
+    s, z, out = torch.randn(1, 8, 4, 4), torch.randn(2, 2000, 4, 4), []
+    for equalised in (True, False):
+        torch.manual_seed(0)
+        layer = abnn.AdaptiveBN(2000, (8, 4, 4), "flat", "sample", equalised).eval()
+        gamma, beta = F.linear(layer.scale * s.flatten(1), layer.weight, layer.bias).chunk(2, 1)
+        assert abs(gamma.mean() - 1) < 0.15 and abs(beta.mean()) < 0.15
+        assert gamma.std().item() == pytest.approx(2**0.5, rel=0.2)  # twice the mean square of f
+        out.append(layer(z[:1], s))
+    torch.testing.assert_close(*out, rtol=1e-3, atol=1e-3)  # the same function at the start
+
+
+def test_an_equalised_map_moves_by_two_over_d_of_what_the_other_does():
+    s, z, moved = torch.randn(3, 8, 4, 4), torch.randn(3, 5, 4, 4), []
+    for equalised in (True, False):
+        torch.manual_seed(0)
+        layer = abnn.AdaptiveBN(5, (8, 4, 4), "flat", "sample", equalised).eval()
+        (grad,) = torch.autograd.grad(layer(z, s).square().sum(), layer.weight)
+        moved.append(layer.scale * grad)  # of A as it acts, by a step of SGD of rate 1
+    torch.testing.assert_close(moved[0], 2 / 128 * moved[1], rtol=1e-3, atol=1e-3)
+
+
+def test_statistics_of_maps_of_a_single_position_are_finite():
+    layer = abnn.AdaptiveBN(5, (3, 1, 1), "channel", "sample").eval()
+    z, s = torch.randn(2, 5, 4, 4), torch.randn(2, 3, 1, 1, requires_grad=True)
+    out = layer(z, s)
+    assert out.isfinite().all() and torch.autograd.grad(out.sum(), s)[0].isfinite().all()
 
 
 # --- The network
@@ -193,23 +213,26 @@ def test_networks_with_different_numbers_of_taps_are_refused():
 # --- The attacks
 
 
-def test_sizes_are_those_of_the_papers():
-    at = {k: abnn.sizes(replace(ARGS, attack_strength=k), 112) for k in (1, 2, 4)}
+def test_sizes_grow_in_area_with_the_strength():
+    ucf = abnn.Args(**abnn.UCF101, dataset="ucf101")
+    at = {k: abnn.sizes(replace(ucf, attack_strength=k)) for k in (1, 2, 4)}
     assert [at[k]["af"] for k in (1, 2, 4)] == [5, 10, 20] and [at[k]["spa"] for k in (1, 2, 4)] == [100, 200, 400]
-    assert at[1]["roa"] == 30 and at[4]["roa"] == 60
-    assert abnn.sizes(ARGS, 32) == {"roa": 9, "af": 1, "spa": 16}
+    assert [at[k]["roa"] for k in (1, 2, 4)] == [30, 42, 60]
+    for dataset in abnn.PRESETS:  # the largest leave a part of the image as it is
+        largest, side = abnn.sizes(replace(ARGS, dataset=dataset, attack_strength=4)), abnn.SIDES.get(dataset, 32)
+        assert largest["roa"] < side and 2 * largest["af"] < side and 2 * largest["spa"] < side**2
 
 
 @pytest.mark.parametrize("name", abnn.PHYSICAL)
 def test_attacks_keep_to_their_masks_and_to_the_box(name, kind):
     args, x, y = kind
     x = 0.25 + x / 2  # so that every pixel can be seen to change
-    net = make(args)
+    net, size = make(args), abnn.sizes(args)
     for steps in (3, 0):
         if steps == 0 and name == "roa_search":
             continue
         g = torch.Generator().manual_seed(0)
-        frame = abnn.universal_frame(net, x, y, args, g, steps=steps)
+        frame = universal(net, x, y, frame_mask(size["af"], x), steps=steps, generator=g)
         x_adv = abnn.craft(name, net, x, y, args, g, steps=steps, frame=frame)
         changed = (x_adv != x).any(1)  # (N, [T,] H, W)
         changed = changed if changed.ndim == 4 else changed[:, None]
@@ -218,19 +241,20 @@ def test_attacks_keep_to_their_masks_and_to_the_box(name, kind):
             assert (x_adv - x).abs().max() <= args.eps + 1e-6 and changed.float().mean() > 0.9
         elif name.startswith("af"):
             border = torch.ones(32, 32, dtype=torch.bool)
-            border[1:31, 1:31] = False
+            border[size["af"] : -size["af"], size["af"] : -size["af"]] = False
             assert not (changed & ~border).any() and changed[..., border].float().mean() > 0.99
             if name == "af_universal":  # one frame for all
                 assert (x_adv[..., border] == x_adv[:1, ..., border]).all()
         elif name == "spa":
-            assert (changed.sum((2, 3)) == 16).all()
+            assert (changed.sum((2, 3)) == size["spa"]).all()
             assert changed.shape[1] == 1 or (changed[:, 0] != changed[:, 1]).any()
             if steps == 0:
                 assert (x_adv.movedim(1, -1)[(x_adv != x).any(1)] == 0).all()
         else:
             for one in changed.flatten(0, 1):
                 i, j = one.nonzero().T
-                assert one.sum() > 72 and i.max() - i.min() < 9 and j.max() - j.min() < 9
+                side = size["roa"]  # a pixel or two may be grey before and after
+                assert one.sum() > 0.9 * side**2 and i.max() - i.min() < side and j.max() - j.min() < side
             if steps == 0:
                 assert (x_adv.movedim(1, -1)[(x_adv != x).any(1)] == 0.5).all()
 
@@ -244,50 +268,19 @@ def test_no_gradient_twins_need_no_gradient():
     g = torch.Generator().manual_seed(0)
     for name in ("pgd", "roa", "af", "spa"):
         assert (abnn.craft(name, Blocked().eval(), x, y, ARGS, g, steps=0) != x).any()
-    abnn.universal_frame(Blocked().eval(), x, y, ARGS, g, steps=0)
-
-
-class Sensitive(nn.Module):
-    """Two logits: the second counts how far the pixels of a planted square (in frame t of its own) are from 1."""
-
-    def __init__(self, corners, like):
-        super().__init__()
-        self.register_buffer("mask", abnn.square_mask(corners, 9, like).float())
-
-    def forward(self, x):
-        away = ((1 - x) * self.mask).flatten(1).sum(1) / self.mask[0].sum()
-        return torch.stack([torch.zeros_like(away), away + 0.001 * (1 - x).flatten(1).mean(1)], 1)
-
-
-@pytest.mark.parametrize("clips", [False, True])
-def test_gradient_search_finds_a_planted_square(clips):
-    x = torch.ones(3, 3, *([4] if clips else []), 32, 32)
-    corners = 2 * torch.randint(0, 12, (3, *([4] if clips else []), 2), generator=torch.Generator().manual_seed(3))
-    net, y = Sensitive(corners, x).eval(), torch.zeros(3, dtype=torch.long)
-    found = abnn.search_corner(net, x, y, 9, "ce")
-    assert found.shape == corners.shape and torch.equal(found, corners)
-    broken = abnn.craft("roa_search", net, x, y, ARGS, torch.Generator().manual_seed(0))
-    assert (net(broken)[:, 1] > net(x)[:, 1] + 0.9).all()
-
-
-def test_search_and_masks_count_rows_and_columns_in_that_order():
-    x = torch.zeros(1, 3, 32, 32)
-    mask = abnn.square_mask(torch.tensor([[3, 20]]), 5, x)
-    assert mask.shape == (1, 1, 32, 32) and mask.sum() == 25 and mask[0, 0, 3:8, 20:25].all()
+    universal(Blocked().eval(), x, y, frame_mask(2, x), steps=0, generator=g)
 
 
 @pytest.fixture(scope="module")
 def undefended():
     """A plainly trained network and test images."""
     d = data.load("digits", train_size=3000, val_size=200, test_size=40)
-    args = replace(ARGS, defense="none", batch_size=32)
+    args = replace(ARGS, defense="none", batch_size=32, epochs=1, lr=0.1)
     torch.manual_seed(0)
     net = abnn.build(args, 10)
-    optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9)
-    for x, y in abnn.batches_of(d, args, 0):
-        optimizer.zero_grad()
-        abnn.training_loss(net, x, y, args)[0].backward()
-        optimizer.step()
+    optimizer = abnn.optimizer_of(net, args)
+    means, _ = abnn.train_epoch(net, optimizer, d, args, 0)
+    assert 0 < means["losses/clean_ce"] < 2 and means["train/clean_acc"] > 0.3
     known = data.to_float(d.val.x[:40]), d.val.y[:40]
     return net.eval(), data.to_float(d.test.x), d.test.y, known, args
 
@@ -295,7 +288,7 @@ def undefended():
 def test_an_undefended_network_falls_under_every_attack(undefended):
     """The calibration: an attack that a plain network survives would say nothing of a defense."""
     net, x, y, known, args = undefended
-    table, warnings = abnn.evaluate_threats(net, x, y, known, replace(args, attack_strength=4), part=500)
+    table, warnings = abnn.evaluate_threats(net, x, y, known, args, part=500)
     assert table["worst"]["clean"] > 0.5
     assert set(table) == {"worst", "C ce", "C margin", "no gradient"}
     for name in abnn.PHYSICAL:
@@ -303,7 +296,7 @@ def test_an_undefended_network_falls_under_every_attack(undefended):
         assert table["worst"][name] <= limit, name
         assert table["worst"][name] <= min(row[name] for row in table.values() if name in row)
     assert table["worst"]["all"] <= min(table["worst"][name] for name in abnn.PHYSICAL)
-    assert not warnings and abnn.verdict(table).startswith("nothing is left")
+    assert not warnings and abnn.verdict(table, 10).startswith("nothing is left")
 
 
 def test_table_of_threats_agrees_with_pgd_alone(undefended, monkeypatch):
@@ -338,10 +331,13 @@ def test_a_white_box_that_fails_is_warned_of(undefended, monkeypatch):
 
 def test_verdict_says_what_is_left():
     row = dict.fromkeys(abnn.PHYSICAL, 0.0)
-    table = {"worst": row, "A ce": {**row, "pgd": 0.5}, "A margin": row, "B ce": row, "C ce": row, "C margin": row}
-    assert "nothing is left" in abnn.verdict(table) and "rows A ce show" in abnn.verdict(table)
+    table = {"worst": {**row, "clean": 0.9}, "A ce": {**row, "pgd": 0.5}, "A margin": row, "B ce": row, "C ce": row,
+             "C margin": row}
+    assert "nothing is left" in abnn.verdict(table, 10) and "rows A ce show" in abnn.verdict(table, 10)
     strong = dict.fromkeys(abnn.PHYSICAL, 0.4)
-    assert abnn.verdict({**table, "C ce": strong, "C margin": strong}).endswith("at least 0.400 under each attack")
+    assert abnn.verdict({**table, "C ce": strong, "C margin": strong}, 10).endswith("at least 0.400 under each attack")
+    assert "nothing to defend" in abnn.verdict({**table, "worst": {**row, "clean": 0.12}}, 10)
+    assert "nothing to defend" not in abnn.verdict({**table, "worst": {**row, "clean": 0.12}}, 100)
 
 
 # --- Runs
@@ -387,6 +383,7 @@ def test_the_checkpoint_can_be_evaluated_anywhere(tiny, runs, tmp_path, capsys):
     again = json.loads((copy / "eval.json").read_text())
     assert again["checkpoints"] == results["checkpoints"]
     assert again["method"]["threats"] == results["method"]["threats"]
+    assert again["method"]["history"] == results["method"]["history"] != {}
     net, args, _ = abnn.load(copy)
     assert isinstance(net, abnn.ABNN) and not net.training and args.substitute == "self"
 
@@ -421,10 +418,19 @@ def test_a_run_starts_from_the_clean_target_and_a_run_can_be_the_substitute(tiny
     assert "weaker premise" not in output
 
 
-def test_adversarial_training_runs_and_has_a_white_box_only(runs):
-    run, output = finished_in_process(TINY + " --epochs 1 --defense at", runs, "abnn.py")
-    assert set(json.loads((run / "results.json").read_text())["method"]["threats"]) == {
-        "worst", "C ce", "C margin", "no gradient"}
+def test_adversarial_training_runs_has_a_white_box_only_and_knows_the_cost_of_abnn(runs):
+    run, output = finished_in_process(TINY + " --epochs 1 --defense at --compare-cost", runs, "abnn.py")
+    method = json.loads((run / "results.json").read_text())["method"]
+    assert set(method["threats"]) == {"worst", "C ce", "C margin", "no gradient"}
+    assert method["seconds_per_epoch"]["abnn"] > 0
+    assert "substitute_arch" in json.loads((run / "args.json").read_text())["preset"]
+
+
+def test_a_kept_substitute_can_be_evaluated_like_any_checkpoint(tiny, runs, capsys, tmp_path):
+    path = shutil.copy(next((runs / "substitutes").glob("digits__preactresnet8__1__*.pt")), tmp_path)
+    status, error = in_process(f"--eval-only {path} --test-size 4", capsys, tmp_path / "none", "abnn.py")
+    assert status == 0, error
+    assert json.loads((tmp_path / "eval.json").read_text())["evaluated"] == 4
 
 
 def test_killed_it_resumes_to_the_same_bits(tiny, runs):

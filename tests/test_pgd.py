@@ -10,7 +10,21 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchattacks
 
-from common.pgd import LOSSES, attack_metrics, kl, lead, margin, pgd, survivors
+from common.pgd import (
+    LOSSES,
+    attack_metrics,
+    frame_mask,
+    kl,
+    lead,
+    margin,
+    pgd,
+    pixel_mask,
+    random_corners,
+    search_corners,
+    square_mask,
+    survivors,
+    universal,
+)
 
 CLASSES, SHAPE = 5, (3, 8, 8)
 EPS = 8 / 255
@@ -996,3 +1010,83 @@ class TestAgreement:
         assert flags == [p.requires_grad for p in net.parameters()]
         ours = pgd(net, x, y, eps=eps, step_size=eps / 4, steps=10, norm=norm, random_start=False)
         assert_agree(net, ours, theirs, x, y)
+
+
+# --- Masks
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 20, 12), (3, 3, 4, 20, 12)])
+def test_masks_are_squares_frames_and_pixels(shape):
+    """Of images and of clips, which are not square: rows and columns must not be mixed up."""
+    x = torch.zeros(shape)
+    corners = random_corners(5, x, gen())
+    mask = square_mask(corners, 5, x)
+    assert corners.shape == (3, *shape[2:-2], 2) and mask.shape == (3, 1, *shape[2:])
+    for one, (row, column) in zip(mask.flatten(0, -3), corners.flatten(0, -2).tolist()):
+        expected = torch.zeros(20, 12, dtype=torch.bool)
+        expected[row : row + 5, column : column + 5] = True
+        assert torch.equal(one, expected) and expected.sum() == 25
+    many = random_corners(5, torch.zeros(3000, 3, 20, 12), gen())
+    assert many.amin(0).tolist() == [0, 0] and many.amax(0).tolist() == [15, 7]
+    assert frame_mask(2, x).sum() == 20 * 12 - 16 * 8 and not frame_mask(2, x)[2:18, 2:10].any()
+    assert frame_mask(10, x).all() and not frame_mask(0, x).any()
+    pixels = pixel_mask(7, x, gen())
+    assert pixels.shape == mask.shape and (pixels.sum((-2, -1)) == 7).all()
+    assert len(set(map(tuple, pixels.flatten(0, -3).flatten(1).int().tolist()))) == pixels.flatten(0, -3).shape[0]
+
+
+class Planted(nn.Module):
+    """Two logits: the second grows as the pixels of a planted square, one for each frame, leave 1."""
+
+    def __init__(self, corners, side, like, scale=1.0):
+        super().__init__()
+        self.register_buffer("mask", square_mask(corners, side, like).float())
+        self.scale = scale
+
+    def forward(self, x):
+        away = ((1 - x) * self.mask).flatten(1).sum(1) / self.mask[0].sum()
+        return self.scale * torch.stack([torch.zeros_like(away), away + 0.001 * (1 - x).flatten(1).mean(1)], 1)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-25])  # the square of the second gradient underflows
+@pytest.mark.parametrize("clips", [False, True])
+def test_gradient_search_finds_a_planted_square(clips, scale):
+    x, y = torch.ones(3, 3, *([4] if clips else []), 32, 32), torch.zeros(3, dtype=torch.long)
+    corners = 2 * torch.randint(0, 12, (3, *([4] if clips else []), 2), generator=gen(3))
+    net = Planted(corners, 9, x, scale).eval()
+    found = search_corners(net, x, y, 9, "margin")
+    assert found.shape == corners.shape and torch.equal(found, corners)
+    assert all(p.grad is None for p in net.parameters()) and not x.requires_grad
+
+
+def test_gradient_search_keeps_the_window_where_grey_hurts_most():
+    """Two windows: the one with the larger gradient is grey already, so that a grey square does nothing there."""
+    x = torch.zeros(1, 3, 16, 16)
+    left, right = (square_mask(torch.tensor([[4, column]]), 4, x) for column in (0, 8))
+    x = x.masked_fill(left, 0.5)
+
+    class Net(nn.Module):
+        def forward(self, x):
+            out = (2 * left * x).flatten(1).mean(1) + (right * x).flatten(1).mean(1)
+            return torch.stack([torch.zeros_like(out), out], 1)
+
+    assert search_corners(Net().eval(), x, torch.tensor([0]), 4, "margin").tolist() == [[4, 8]]
+    assert search_corners(Net().eval(), x, torch.tensor([0]), 4, "margin", candidates=1).tolist() == [[4, 0]]
+
+
+def test_universal_is_one_for_all_and_raises_the_loss_of_all(net, xy):
+    x, y = xy
+    mask = frame_mask(2, x)
+    before = F.cross_entropy(net(torch.where(mask, torch.full_like(x[:1], 0.5), x)), y)
+    found = universal(net, x, y, mask, steps=20, generator=gen())
+    assert found.shape == x[:1].shape and 0 <= found.min() and found.max() <= 1
+    assert torch.equal(found[..., ~mask], torch.full_like(found[..., ~mask], 0.5))
+    assert F.cross_entropy(net(torch.where(mask, found, x)), y) > before
+    start = universal(net, x, y, mask, steps=0, generator=gen())
+    assert F.cross_entropy(net(torch.where(mask, found, x)), y) > F.cross_entropy(net(torch.where(mask, start, x)), y)
+    # Slowly: the sum of the loss over all x, by the image that they share.
+    shared = start.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(F.cross_entropy(net(torch.where(mask, shared, x)), y, reduction="sum"), shared)
+    one = universal(net, x, y, mask, steps=1, generator=gen())
+    torch.testing.assert_close(one, torch.where(mask, (start + 0.05 * grad.sign()).clamp(0, 1), start))
+    assert all(p.requires_grad for p in net.parameters())

@@ -334,7 +334,8 @@ def test_verdict_says_what_is_left():
              "C margin": row}
     assert "nothing is left" in abnn.verdict(table, 10) and "rows A ce show" in abnn.verdict(table, 10)
     strong = dict.fromkeys(abnn.PHYSICAL, 0.4)
-    assert abnn.verdict({**table, "C ce": strong, "C margin": strong}, 10).endswith("at least 0.400 under each attack")
+    strong = {**table, "C ce": strong, "C margin": strong, "worst": {**strong, "clean": 0.9, "spa": 0.3}}
+    assert abnn.verdict(strong, 10).endswith("at least 0.300 is left under each attack")
     assert "nothing to defend" in abnn.verdict({**table, "worst": {**row, "clean": 0.12}}, 10)
     assert "nothing to defend" not in abnn.verdict({**table, "worst": {**row, "clean": 0.12}}, 100)
 
@@ -387,17 +388,12 @@ def test_the_checkpoint_can_be_evaluated_anywhere(tiny, runs, tmp_path, capsys):
     assert isinstance(net, abnn.ABNN) and not net.training and args.substitute == "self"
 
 
-def test_substitutes_are_kept_and_a_changed_file_is_refused(tiny, runs, capsys, tmp_path):
+def test_substitutes_are_kept_and_a_damaged_file_is_refused(tiny, runs, capsys, tmp_path):
     files = {p.name: p.stat().st_mtime_ns for p in (runs / "substitutes").iterdir()}
     folder, output = finished_in_process(TINY.replace("--epochs 2", "--epochs 1"), runs, "abnn.py")
     assert {p.name: p.stat().st_mtime_ns for p in (runs / "substitutes").iterdir()} == files
     assert "clean training" not in output
     shutil.copytree(runs / "substitutes", tmp_path / "substitutes")
-    for path in (tmp_path / "substitutes").iterdir():
-        state = torch.load(path, weights_only=True)
-        torch.save({**state, "key": "other"}, path)
-    status, error = in_process(TINY, capsys, tmp_path, "abnn.py")
-    assert status == 2 and "delete it to train it again" in error and "\n" not in error
     for path in (tmp_path / "substitutes").iterdir():
         path.write_bytes(path.read_bytes()[:1000])
     status, error = in_process(TINY, capsys, tmp_path, "abnn.py")

@@ -240,11 +240,12 @@ def by_hand(base, clean_pass=False, teacher=None, lambda_adv=0.0, lambda_nat=0.0
     torch.manual_seed(1)
     net = vfd_adv.PreActResNet("preactresnet8", 4, 10).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
+    peak = 0.05 if base == "mart" else 0.1
     for epoch in range(2):
         generator = torch.Generator().manual_seed(2_000_003 + epoch)
         for i, (x, y) in enumerate(data.batches(d.train, 50, seed=1, epoch=epoch)):
             t = epoch + (i + 0.5) / 4
-            optimizer.param_groups[0]["lr"] = min(t / 2 / 0.3, (1 - t / 2) / 0.7) * 0.1
+            optimizer.param_groups[0]["lr"] = min(t / 2 / 0.3, (1 - t / 2) / 0.7) * peak
             rise = min(1.0, t)
             settings = dict(eps=rise * (8 / 255), step_size=rise * (2.5 * (8 / 255) / 2), steps=2, generator=generator)
             net.eval()

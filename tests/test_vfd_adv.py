@@ -353,7 +353,7 @@ def test_the_teacher_is_trained_frozen_kept_and_reused(tiny, runs):
 
 
 def test_the_teacher_is_another_network_than_the_student_at_its_start(tiny, runs):
-    args = replace(tiny[0]["args"], teacher_epochs=1, lr=1e-9, runs_dir=str(runs / "start"))
+    args = replace(tiny[0]["args"], teacher_epochs=1, teacher_lr=1e-9, runs_dir=str(runs / "start"))
     d = tiny[0]["d"]
     teacher = weights(vfd_adv.vanilla_teacher(args, d))
     torch.manual_seed(args.seed)
@@ -364,9 +364,9 @@ def test_whatever_changes_the_teacher_changes_its_name(tiny, runs, monkeypatch):
     args, d = tiny[0]["args"], tiny[0]["d"]
     known = vfd_adv.vanilla_teacher(args, d)
     monkeypatch.setattr(vfd_adv, "PreActResNet", None)  # training one would fail
-    for same_one in (replace(args, base="mart", eps=4 / 255, epochs=9), replace(args, lambda_adv=7.0, val_size=9)):
+    for same_one in (replace(args, base="mart", eps=4 / 255, epochs=9, lr=0.3), replace(args, lambda_adv=7.0, val_size=9)):
         assert vfd_adv.vanilla_teacher(same_one, d) == known
-    changes = dict(teacher_epochs=3, teacher_width=8, teacher_arch="wrn-34-10", seed=2, lr=0.2, batch_size=40,
+    changes = dict(teacher_epochs=3, teacher_width=8, teacher_arch="wrn-34-10", seed=2, teacher_lr=0.2, batch_size=40,
                    weight_decay=0.0, bf16=True, width=5, runs_dir=str(runs / "other"))
     for name, value in changes.items():
         with pytest.raises(TypeError, match="NoneType"):
@@ -378,7 +378,7 @@ def test_whatever_changes_the_teacher_changes_its_name(tiny, runs, monkeypatch):
 
 def test_the_teacher_learns(tmp_path):
     d = data.load("digits", train_size=2000, val_size=300)
-    args = replace(ARGS, width=8, arch="preactresnet8", teacher_epochs=5, lr=0.1, runs_dir=str(tmp_path))
+    args = replace(ARGS, width=8, arch="preactresnet8", teacher_epochs=5, teacher_lr=0.1, runs_dir=str(tmp_path))
     teacher, state = vfd_adv.load_teacher(vfd_adv.vanilla_teacher(args, d), args, 10, "cpu")
     accuracy = (teacher(data.to_float(d.val.x)).argmax(1) == d.val.y).float().mean()
     assert accuracy > 0.6 and state["args"] == dict(dataset="digits", arch="preactresnet8", width=8)

@@ -227,8 +227,8 @@ def vanilla_teacher(args, d):
     """Path of the vanilla network that the arguments ask for; it is trained now if it is not in the cache.  [D3]"""
     arch = args.teacher_arch or args.arch
     width = args.teacher_width or (args.width if arch == args.arch else None) or ARCHS[arch][0]
-    own = dict(dataset=args.dataset, arch=arch, width=width, seed=args.seed, epochs=args.teacher_epochs, lr=args.teacher_lr,
-               batch_size=args.batch_size, weight_decay=args.weight_decay, bf16=args.bf16)
+    own = dict(dataset=args.dataset, arch=arch, width=width, seed=args.seed, epochs=args.teacher_epochs,
+               lr=args.teacher_lr, batch_size=args.batch_size, weight_decay=args.weight_decay, bf16=args.bf16)
     name = hashlib.sha256(json.dumps(own).encode())  # all that makes another teacher: a stale one is never found
     for part in d.train:
         name.update(part.cpu().numpy())

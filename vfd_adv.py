@@ -79,11 +79,12 @@ class Args:
     teacher_arch: Literal["preactresnet18", "wrn-34-10", "preactresnet8"] | None = None  # (None: as --arch)
     teacher_width: int | None = None  # channels of its first stage (None: as --width, or its own architecture's)
     teacher_epochs: int | None = None  # passes over the training images, plain cross-entropy, one cycle
+    teacher_lr: float | None = None  # peak learning rate of that
 
 
 # An argument left at None takes its value here.
 FAST = dict(arch="preactresnet18", attack_steps=10, lr=0.1, eps_warmup_epochs=0.0, epochs=30, milestones=(),
-            teacher_epochs=30)
+            teacher_epochs=30, teacher_lr=0.1)
 PAPER = {**FAST, "epochs": 110, "milestones": (100, 105), "teacher_epochs": 100}
 DIGITS = {**FAST, "arch": "preactresnet8", "attack_steps": 5, "eps_warmup_epochs": 3.0, "epochs": 8,
           "teacher_epochs": 6, "test_size": 500}
@@ -92,7 +93,7 @@ PRESETS = {
     "cifar10": {"fast": FAST, "paper": PAPER},
     "cifar100": {"fast": FAST, "paper": PAPER},
     "svhn": {"fast": {**FAST, "lr": 0.05, "eps_warmup_epochs": 5.0},  # at full eps from the start it predicts one class
-             "paper": {**PAPER, "lr": 0.01}},
+             "paper": {**PAPER, "lr": 0.01, "teacher_lr": 0.01}},
     "tiny-imagenet": {"fast": FAST, "paper": PAPER},
 }
 BETA = {"at": 0.0, "trades": 6.0, "mart": 5.0}
@@ -226,8 +227,8 @@ def vanilla_teacher(args, d):
     """Path of the vanilla network that the arguments ask for; it is trained now if it is not in the cache.  [D3]"""
     arch = args.teacher_arch or args.arch
     width = args.teacher_width or (args.width if arch == args.arch else None) or ARCHS[arch][0]
-    own = dict(dataset=args.dataset, arch=arch, width=width, seed=args.seed, epochs=args.teacher_epochs, lr=args.lr,
-               batch_size=args.batch_size, weight_decay=args.weight_decay, bf16=args.bf16)
+    own = dict(dataset=args.dataset, arch=arch, width=width, seed=args.seed, epochs=args.teacher_epochs,
+               lr=args.teacher_lr, batch_size=args.batch_size, weight_decay=args.weight_decay, bf16=args.bf16)
     name = hashlib.sha256(json.dumps(own).encode())  # all that makes another teacher: a stale one is never found
     for part in d.train:
         name.update(part.cpu().numpy())
@@ -242,13 +243,13 @@ def vanilla_teacher(args, d):
     seed = 500_000 + args.seed  # with the student's seed, it would start from the student's weights
     torch.manual_seed(seed)
     teacher = PreActResNet(arch, width, len(d.classes)).to(d.train.x.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(teacher.parameters(), args.lr, momentum=0.9, nesterov=True, fused=True,
+    optimizer = torch.optim.SGD(teacher.parameters(), args.teacher_lr, momentum=0.9, nesterov=True, fused=True,
                                 weight_decay=args.weight_decay)
     steps = data.steps_per_epoch(len(d.train.y), args.batch_size)
     for epoch in range(args.teacher_epochs):  # one cycle, as below
         for i, (x, y) in enumerate(data.batches(d.train, args.batch_size, seed=seed, epoch=epoch, **d.augment)):
             t = (epoch + (i + 0.5) / steps) / args.teacher_epochs
-            optimizer.param_groups[0]["lr"] = min(t / 0.3, (1 - t) / 0.7) * args.lr
+            optimizer.param_groups[0]["lr"] = min(t / 0.3, (1 - t) / 0.7) * args.teacher_lr
             with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
                 loss = F.cross_entropy(teacher(x).float(), y)
             optimizer.zero_grad()
@@ -256,7 +257,7 @@ def vanilla_teacher(args, d):
             optimizer.step()
         print(f"teacher, epoch {epoch + 1}/{args.teacher_epochs}: last loss {(last := loss.item()):.3f}", flush=True)
         if not math.isfinite(last):
-            raise data.UserError(f"the teacher's loss is not finite: try a lower --lr than {args.lr:g}")
+            raise data.UserError(f"the teacher's loss is not finite: try a lower --teacher-lr than {args.teacher_lr:g}")
     data.save(path, dict(script="teacher", args=own, classes=len(d.classes), net=teacher.state_dict()))
     return path
 
@@ -397,10 +398,11 @@ if __name__ == "__main__":
         if changed := [k for k, v in asdict(own).items() if k not in free and getattr(args, k) != v]:
             raise data.UserError(f"{run} had another value of {', '.join(changed)}: leave it out")
     preset = {**PRESETS[args.dataset][args.preset], "beta": BETA[args.base]}
+    preset["lr"] *= 0.5 if args.base == "mart" else 1.0  # at the others' rate it loses classes on the way  [D8]
     preset = {k: v for k, v in preset.items() if getattr(args, k) is None}
     args = replace(args, **preset)
     data.check(args, beta=(0, math.inf), lambda_adv=(0, math.inf), lambda_nat=(0, math.inf),
-               teacher_width=(1, math.inf), teacher_epochs=(1, math.inf))
+               teacher_width=(1, math.inf), teacher_epochs=(1, math.inf), teacher_lr=(1e-9, math.inf))
     if args.base != "at" and args.clean_pass != "auto":
         raise data.UserError(f"--clean-pass is for --base at: {args.base} has a clean pass of its own")
 

@@ -361,9 +361,10 @@ def usefulness(runs):
         ax.axhline(0, color="0.35", linewidth=1.2)
         ax.axhspan(low, 0, color="0.5", alpha=0.12, linewidth=0)
         ax.scatter(clean, adv, s=60 if teacher else 24, alpha=0.65, linewidths=0, **look)
-        ax.set_title(f"{fill(name, 34)}\nmean {clean.mean():.2f} clean, {adv.mean():.2f} adv.;  "
-                     f"turned: {100 * (adv < 0).mean():.0f} %", fontsize=11)
-        ax.set(xlim=(0, 1), ylim=(low, 1))
+        ax.set_title(f"{fill(name, 32)}\nmean {clean.mean():.2f} clean, {adv.mean():.2f} adv.\n"
+                     f"turned by the attack: {100 * (adv < 0).mean():.0f} %", fontsize=11)
+        ax.set(xlim=(0, 1), ylim=(low, 1), xticks=(0, 0.25, 0.5, 0.75, 1))
+        ax.xaxis.set_major_formatter("{x:g}")
         for curve, values in zip(curves, (clean, adv)):
             at = (np.arange(len(values)) + 0.5) / len(values)
             curve.plot(100 * at, np.sort(values)[::-1], color=look["color"], linewidth=3.5 if teacher else 2,
@@ -409,10 +410,13 @@ def lines_over_lambda(runs):
         group = lines.setdefault((other, own), {}) if any(at) else plain.setdefault(other, {})
         group.setdefault(at, []).append(run)
     lines = {key: dict(sorted((plain.get(key[0], {}) | points).items())) for key, points in lines.items()}
-    lines = {(*other, *own): points for (other, own), points in lines.items() if len(points) > 1}
-    varying = [k for k, _ in next(iter(lines), ()) if k != "base" and len({dict(line).get(k) for line in lines}) > 1]
-    return {", ".join([dict(line)["base"].upper(), *(f"{k} {dict(line)[k]}" for k in varying)]): points
-            for line, points in lines.items()}
+    named = {}
+    lines = [(dict(other + own), points) for (other, own), points in lines.items() if len(points) > 1]
+    for line, points in lines:
+        rivals = [rival for rival, _ in lines if rival["base"] == line["base"]]
+        varying = [f"{k} {v}" for k, v in line.items() if len({rival.get(k) for rival in rivals}) > 1]
+        named[", ".join([line["base"].upper(), *varying])] = points
+    return named
 
 
 def tradeoff(runs):
@@ -421,7 +425,7 @@ def tradeoff(runs):
         return "no two runs of vfd_adv.py differ in lambda and in nothing else"
     panels = [[name] for name in lines]
     panels = panels if len(lines) == 1 else [list(lines), *panels]  # all for the comparison, and each close up
-    columns = 1 if len(panels) == 1 else 2 if len(panels) < 5 else 3
+    columns = {1: 1, 2: 2, 4: 2}.get(len(panels), 3)
     rows = -(-len(panels) // columns)
     fig, axes = plt.subplots(rows, columns, figsize=(13, 1.2 + (4.6 if rows > 1 else 5.8) * rows), squeeze=False)
     for ax in axes.flat[len(panels):]:

@@ -18,6 +18,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 import aalp as aalp_script
+import vfd_adv as vfd_script
 from afa import AFANet, Args
 from benchmark import figures
 from common import data
@@ -25,6 +26,8 @@ from common import data
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmark" / "figures.py"
 FIGURES = ("robustness_curve", "weights", "statistics", "training", "examples")
 OF_AALP = ("features", "conflicts", "sample_weights", "steps", "loss_surface")
+OF_VFD = ("distances", "usefulness", "tradeoff")
+ORDER = (*OF_AALP[:3], *OF_VFD, *OF_AALP[3:])
 GRID = {"0": 0.9, "1": 0.85, "2": 0.8, "4": 0.7, "6": 0.5, "8": 0.4, "12": 0.1, "16": 0.0, "64": 0.0}
 EPS, LAYERS = 8 / 255, 7
 digits = functools.cache(data.READERS["digits"])
@@ -149,7 +152,7 @@ def test_one_run_draws_everything_into_its_folder(afa, draw):
     lines = [line for line in done.stdout.splitlines() if line.startswith("wrote")]
     assert lines == [f"wrote {afa / name}.png" for name in FIGURES]
     assert [line.split(".png")[0] for line in done.stdout.splitlines() if line not in lines] == [
-        f"no {name}" for name in OF_AALP]
+        f"no {name}" for name in ORDER]
 
 
 def test_several_runs_with_labels(afa, draw, tmp_path, monkeypatch):
@@ -226,6 +229,134 @@ def test_runs_of_aalp_side_by_side(draw, tmp_path):
     with matplotlib.rc_context():
         numbers_of(*runs_of(*folders))
         plt.close("all")
+
+
+def make_vfd(folder, weight=0.64, teacher=True, epochs=3, checkpoint=False, accs=(0.8, 0.5), seed=1, **changes):
+    """The folder of a run of vfd_adv.py, like that of `make_run`; `weight` is both lambdas."""
+    folder.mkdir(parents=True)
+    args = dict(arch="preactresnet8", width=4, data_dir=str(folder / "data"), train_size=100, val_size=100,
+                test_size=20, lambda_adv=weight, lambda_nat=weight, beta=0.0, seed=seed)
+    args = vars(vfd_script.Args(**{**args, **changes}))
+    data.save(folder / "args.json", dict(script="vfd_adv", dataset="digits", seed=seed, args=args))
+    history = {"val_clean": [accs[0]] * epochs, "val_robust": [accs[1]] * epochs}
+    useful = {"student": {"clean": [0.2, 0.6, 0.4], "adv": [0.1 + weight / 10, 0.3, -0.1]}}
+    method = {"curves": {"model": GRID}, "val_clean": accs[0], "val_robust": accs[1]}
+    if teacher:
+        keys = ("cka_clean", "distance_clean", "cka_adv", "distance_adv")
+        history |= {k: [0.1 + i / 10 + e / 100 + weight / 10 for e in range(epochs)] for i, k in enumerate(keys)}
+        useful = {"teacher": {"clean": [0.9, 0.5, 0.7], "adv": [-0.5, -0.1, 0.2]}} | useful
+        method |= {"teacher": {"test_clean": 0.99, "arch": "preactresnet8", "width": 4, "val_clean": 0.98},
+                   "distance": {k: history[k][-1] for k in keys}}
+    row = {"epoch": 2, "worst": 0.3, "clean": 0.9, "fgsm": 0.6, "pgd20": 0.4, "pgd50_margin": 0.35, "targeted": 0.3}
+    data.save(folder / "results.json", dict(script="vfd_adv", dataset="digits", seed=seed, eps=EPS, evaluated=20,
+                                            checkpoints={"best": row, "last": row}, robustness_curve=GRID,
+                                            method=method | {"history": history, "usefulness": useful}))
+    if checkpoint:
+        net = vfd_script.build(vfd_script.Args(**args), 10)
+        data.save(folder / "best.pt", dict(script="vfd_adv", args=args, classes=10, net=net.state_dict(), epoch=2))
+        with SummaryWriter(folder) as writer:
+            for epoch in range(epochs):
+                for tag in ("losses/robust_ce", "losses/distance_adv", "val/robust_acc", "charts/learning_rate"):
+                    writer.add_scalar(tag, 0.5 + 0.1 * epoch, 10 * epoch + 10)
+    return folder
+
+
+@pytest.mark.parametrize(("changes", "label"), [
+    (dict(lambda_adv=0.0, lambda_nat=0.0), "AT"),
+    (dict(lambda_adv=0.0, lambda_nat=0.0, base="trades"), "TRADES"),
+    (dict(lambda_adv=0.0, lambda_nat=0.0, clean_pass="update"), "AT + clean pass"),
+    (dict(lambda_adv=0.0, lambda_nat=0.0, clean_pass="frozen"), "AT + clean pass (frozen)"),
+    (dict(lambda_adv=0.0, lambda_nat=0.0, eps=0.0), "undefended"),
+    (dict(eps=0.0), "undefended + VFD"),
+    (dict(base="mart"), "MART + VFD"),
+    (dict(lambda_nat=0.0), "AT + adv. pair"),
+    (dict(lambda_adv=0.0), "AT + clean pair"),
+    (dict(distill="logits"), "AT + VFD (logits)"),
+    (dict(distill="logits", distance="cosine"), "AT + VFD (logits, cosine)"),
+])  # fmt: skip
+def test_labels_of_vfd_runs(changes, label, tmp_path):
+    data.save(tmp_path / "args.json", dict(script="vfd_adv", args=vars(vfd_script.Args(
+        **{"lambda_adv": 0.5, "lambda_nat": 0.5, **changes}))))
+    data.save(tmp_path / "results.json", dict(script="vfd_adv", eps=EPS))
+    assert figures.Run(tmp_path).label == label
+
+
+def test_runs_of_vfd_side_by_side(draw, tmp_path):
+    folders = (make_vfd(tmp_path / "a", checkpoint=True), make_vfd(tmp_path / "b", weight=1.92, accs=(0.9, 0.4)),
+               make_vfd(tmp_path / "c", weight=0.0, teacher=False, accs=(0.7, 0.6), checkpoint=True))
+    done = draw(*folders[::2], "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    check(tmp_path / "out", ("robustness_curve", *OF_VFD, "training", "examples"))
+    with matplotlib.rc_context():
+        numbers_of_vfd(*runs_of(*folders))
+        plt.close("all")
+
+
+def numbers_of_vfd(low, high, at):
+    error, cka = figures.distances([low, high, at]).axes  # AT has no teacher
+    for ax, key in ((error, "distance"), (cka, "cka")):
+        expected = [run.history[f"{key}_{kind}"] for run in (low, high) for kind in ("clean", "adv")]
+        assert all(np.allclose(a, b) for a, b in zip(drawn(ax)[:4], expected, strict=True))
+        assert [line.get_linestyle() for line in ax.lines[:4]] == ["-", "--"] * 2
+    assert len(cka.lines) == 4 and np.allclose(drawn(error)[4], 1)
+    assert figures.distances([at]) == "no run has a teacher to measure the distance to"
+    saved = high.history.pop("distance_clean"), high.history.pop("distance_adv")  # as for features of another width
+    figure = figures.distances([low, high])
+    assert [len(ax.lines) for ax in figure.axes] == [3, 4]
+    high.history["distance_clean"], high.history["distance_adv"] = saved
+
+    high.label = "other"
+    panels = figures.usefulness([low, high, at]).axes
+    *panels, clean, adv = panels
+    assert [ax.get_title().split("\n")[0] for ax in panels] == ["teacher", low.label, "other", at.label]
+    assert "mean 0.70 clean, -0.13 adv." in panels[0].get_title() and panels[0].get_title().endswith(": 67 %")
+    found = [low.method["usefulness"]["teacher"], *(run.method["usefulness"]["student"] for run in (low, high, at))]
+    for ax, values, *curves in zip(panels, found, drawn(clean), drawn(adv)):
+        assert np.allclose(ax.collections[-1].get_offsets().T, [values["clean"], values["adv"]])
+        assert np.allclose(curves, [sorted(values[k])[::-1] for k in ("clean", "adv")])
+    high.method["usefulness"]["teacher"] = {"clean": [0.5] * 3, "adv": [0.1] * 3}  # another teacher is drawn too
+    titles = [ax.get_title() for ax in figures.usefulness([low, high, at]).axes]
+    assert sum(title.startswith("teacher of") for title in titles) == 2
+    assert isinstance(figures.usefulness([]), str)
+
+    (ax,) = figures.tradeoff([high, at, low]).axes
+    (bars,) = ax.containers  # in the order of lambda, in percent, with the errors of 100 images
+    assert np.allclose(bars.lines[0].get_data(), [[70, 80, 90], [60, 50, 40]])
+    across = bars.lines[2][0].get_segments()
+    assert np.allclose([s[1][0] - s[0][0] for s in across], [200 * (p * (1 - p) / 100) ** 0.5 for p in (0.7, 0.8, 0.9)])
+    assert {tuple(np.round(text.xy)): text.get_text() for text in ax.texts} == {
+        (70, 60): "λ = 0", (80, 50): "λ = 0.64", (90, 40): "λ = 1.92"}
+    assert ax.get_xlim()[0] > 60 and ax.get_xlim()[1] < 95
+    assert "differ in lambda" in figures.tradeoff([low]) and "differ in lambda" in figures.tradeoff([])
+
+
+def test_lines_of_the_tradeoff(tmp_path):
+    """Seeds are averaged; another base, beta or distance is another line, and the base alone is in all of its own."""
+    changes = [dict(weight=0.0, accs=(0.7, 0.6), teacher=False), dict(weight=0.0, accs=(0.8, 0.4), seed=2),
+               dict(), dict(lambda_nat=0.0), dict(distance="cosine"), dict(base="trades", beta=6.0),
+               dict(base="trades", beta=6.0, weight=0.0), dict(base="trades", beta=3.0)]
+    runs = runs_of(*(make_vfd(tmp_path / str(i), **more) for i, more in enumerate(changes)))
+    lines = figures.lines_over_lambda([*runs, *runs_of(make_vfd(tmp_path / "mart", base="mart"))])
+    points = {name: {at: len(group) for at, group in line.items()} for name, line in lines.items()}
+    assert points == {"AT, distance mse": {(0, 0): 2, (0.64, 0): 1, (0.64, 0.64): 1},
+                      "AT, distance cosine": {(0, 0): 2, (0.64, 0.64): 1}, "TRADES": {(0, 0): 1, (0.64, 0.64): 1}}
+    with matplotlib.rc_context():
+        together, *alone = figures.tradeoff(runs).axes
+        assert [ax.get_title() for ax in alone] == [*points] and len(together.containers) == 3
+        assert np.allclose(alone[0].containers[0].lines[0].get_xydata()[0], [75, 50])
+        assert "λ adv. 0.64, nat. 0" in [text.get_text() for text in alone[0].texts]
+        heights = sorted(text.xyann[1] for text in alone[0].texts)
+        assert min(np.diff(heights)) > 0.08 and 0 <= heights[0] and heights[-1] <= 1  # two of the points are one
+        plt.close("all")
+
+
+def test_more_runs_than_colours_are_for_the_tradeoff(afa, draw, tmp_path):
+    folders = [make_vfd(tmp_path / str(i), weight=i / 10, accs=(0.8, 0.4 + i / 100)) for i in range(8)]
+    done = draw(*folders, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    check(tmp_path / "out", ("tradeoff",))
+    assert "no distances.png: it takes at most 7 runs" in done.stdout.splitlines()
+    refused(draw(*[afa] * 8), "one to 7 folders", "lambda")
 
 
 def numbers_of(full, at):

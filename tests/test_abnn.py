@@ -408,8 +408,8 @@ def test_a_run_starts_from_the_clean_target_and_a_run_can_be_the_substitute(tiny
     other, _, _ = abnn.load(plain)
     kept = {k: v for k, v in other.state_dict().items() if not k.startswith("fc.")}
     assert same(net.substitute.state_dict(), kept) and args.substitute_width == 4
-    clean = next((runs / "substitutes").glob("digits__preactresnet8__1__*.pt"))
-    assert same(abnn.load(tiny[0])[0].twin.state_dict(), weights(clean))
+    kept = (runs / "substitutes").glob("digits__preactresnet8__1__*.pt")  # in bfloat16 another one is trained
+    assert [same(abnn.load(tiny[0])[0].twin.state_dict(), weights(path)) for path in kept].count(True) == 1
     assert "weaker premise" not in output
 
 

@@ -85,7 +85,7 @@ def test_it_learns_and_is_more_robust_than_an_undefended_network(trained, runs):
 
 def test_tensorboard_has_the_documented_tags(trained):
     run, _ = trained
-    assert tag_mismatches(run, "afa.md") == []
+    assert tag_mismatches("afa.md", run) == []
     events = EventAccumulator(str(run)).Reload()
     last_step = events.Scalars("val/clean_acc")[-1].step
     assert last_step == 5 * (2000 // 64) and len(events.Scalars("val/clean_acc")) == 5

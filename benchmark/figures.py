@@ -391,7 +391,8 @@ def usefulness(runs):
 # Arguments that may differ along a line of tradeoff(): its axis, the seed, and what changes nothing about training.
 ALONG = {"lambda_adv", "lambda_nat", "seed", "preset", "data_dir", "runs_dir", "device", "compile", "resume",
          "eval_only", "test_size"}
-DISTILLING = {"distance", "distill", "teacher", "teacher_arch", "teacher_width", "teacher_epochs"}  # nothing at 0
+DISTILLING = {"distance", "distill", "teacher", "teacher_arch", "teacher_width", "teacher_epochs",
+              "teacher_lr"}  # nothing at 0
 
 
 def lines_over_lambda(runs):

@@ -469,7 +469,7 @@ def _decode(files, cache):
 # shape is a *robust* feature. In one image of seven the glyph is that of a random class, so that shape alone does not
 # suffice. Over it lies a texture, a pattern of signs that belongs to the class, of an amplitude that differs from image
 # to image (0 to 13/255): *predictive, and only partly robust*, like much of what networks find in photographs. Plain
-# training lives on the texture (95 % clean) and falls to 10 % at an eps of 4/255; adversarial training at 8/255 makes
+# training lives on the texture (96 % clean) and falls to 2 % at an eps of 4/255; adversarial training at 8/255 makes
 # do with the shape (88 % clean); what lies between the two is what the methods are about.
 # All arithmetic that decides a byte is on integers, or on floats that hold integers exactly: rounding cannot differ
 # between processors, and the checksum in the tests holds everywhere.

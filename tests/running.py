@@ -98,10 +98,11 @@ def epochs_done(run):
         return -1
 
 
-def tag_mismatches(run, document):
-    """What differs between a run's TensorBoard tags and the table of them in docs/`document`, as lines."""
-    events = EventAccumulator(str(run), size_guidance={"images": 0}).Reload()
-    tags = [tag for kind in ("scalars", "images", "histograms") for tag in events.Tags()[kind]]
+def tag_mismatches(document, *runs):
+    """What differs between the TensorBoard tags of runs, taken together, and the table in docs/`document`, as lines."""
+    found = [EventAccumulator(str(run), size_guidance={"images": 0}).Reload().Tags() for run in runs]
+    kinds = {(tag, kind) for tags in found for kind in ("scalars", "images", "histograms") for tag in tags[kind]}
+    tags = [tag for tag, _ in kinds]
     rows = re.findall(r"^\| (`[^|]*) \|", (ROOT / "docs" / document).read_text().split("## Logged metrics")[1], re.M)
     documented = [name for row in rows for name in re.findall(r"`([a-z_0-9]+/[^`]+)`", row)]
     result = [f"{tag} is not in the docs" for tag in tags

@@ -415,7 +415,7 @@ def test_a_run_leaves_what_the_docs_promise(tiny):
 
 
 def test_tensorboard_has_the_documented_tags(tiny):
-    assert tag_mismatches(tiny, "aalp.md") == []
+    assert tag_mismatches("aalp.md", tiny) == []
 
 
 def test_the_network_in_eval_mode_knows_nothing_of_the_settings(tiny, tmp_path):

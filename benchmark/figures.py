@@ -12,6 +12,7 @@
     distances.png         distance to the teacher's features, over the epochs of a run of vfd_adv.py
     usefulness.png        what each feature says about the label, on clean and on adversarial images
     tradeoff.png          clean against robust accuracy on validation images, over lambda; takes more runs than 7
+    threats.png           what each attacker of abnn.py leaves under each attack
     steps.png             accuracy against the steps of the attack, and
     loss_surface.png      the loss around test images, both after benchmark/audit.py
     training.png          losses, validation accuracies and learning rate, from the TensorBoard events
@@ -26,6 +27,7 @@ from pathlib import Path
 from textwrap import fill
 
 import numpy as np
+import torch
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +48,8 @@ plt.rcParams.update({"backend": "Agg", "figure.dpi": 115, "figure.constrained_la
                      "axes.titlesize": 12, "figure.titlesize": 14, "legend.fontsize": 10, "legend.frameon": False,
                      "axes.grid": True, "grid.color": "0.88", "axes.spines.top": False, "axes.spines.right": False})
 FIXED = {"w=0": "fixed w = 0 (BN_c)", "w=0.5": "fixed w = 0.5", "w=1": "fixed w = 1 (BN_a)",
-         "oracle": "oracle: best fixed w"}  # the curves of afa.py beside the model's own, which comes first
+         "oracle": "oracle: best fixed w",  # the curves of afa.py beside the model's own, which comes first
+         "A": "no gradient through S (A)", "twin": "T's plain twin"}  # and those of abnn.py
 
 
 @dataclass
@@ -81,6 +84,15 @@ def vfd_label(args):
     return " + ".join(parts)
 
 
+def abnn_label(args):
+    """What a run of abnn.py trains."""
+    if args["defense"] != "abnn":
+        return "undefended" if args["defense"] == "none" else "PGD-AT"
+    usual = {"moments": "sample", "equalised": True, "align_weight": 0.0}
+    other = [f"{k.replace('_', ' ')} {args[k]}" for k, v in usual.items() if args[k] != v]
+    return ", ".join([f"ABNN {args['statistics']}", *other])
+
+
 def lambda_label(args):
     """The weight of both pairs, or of each where they differ. Empty for a script that has none."""
     if "lambda_adv" not in args:
@@ -111,7 +123,10 @@ class Run:
         self.learned = len({w for row in self.method.get("weight_mean", []) for w in row}) > 1  # or w is constant
         kind = "PGD-AT" if self.args.get("bn") == "single" else self.results["script"].upper().replace("_", "-")
         kind = aalp_label(self.args) if kind == "AALP" else kind
-        kind = vfd_label(self.args) if kind == "VFD-ADV" else kind if self.args["eps"] else "undefended"
+        if kind in ("VFD-ADV", "ABNN"):
+            kind = (vfd_label if kind == "VFD-ADV" else abnn_label)(self.args)
+        elif not self.args["eps"]:
+            kind = "undefended"
         self.label, self.lambdas = kind, lambda_label(self.args)
         self.eps_label = "eps (1/255)" + ", L2 norm" * (self.args.get("norm") == "l2")
 
@@ -148,8 +163,8 @@ def robustness_curve(runs):
             if len(runs) == 1:  # the oracle lies on one of the others: thin and dashed, it does not hide it
                 look = dict(linestyle="--") if name == "oracle" else dict(linewidth=2.4, marker=MARKERS[i])
                 line(others[name], FIXED[name], color=COLORS[i], **look)
-            elif name in ("w=0", "w=1"):  # thin: the ends of one run, not rivals of the others
-                look = dict(color=run.color, linewidth=1.2, linestyle="--" if name == "w=0" else ":")
+            elif name in ("w=0", "w=1", "A"):  # thin: the ends of one run, not rivals of the others
+                look = dict(color=run.color, linewidth=1.2, linestyle=":" if name == "w=1" else "--")
                 line(others[name], f"{run.label}, {FIXED[name]}", **look)
     notes += [f"at eps {k}/255, not drawn: {', '.join(values)}" for k, values in far.items()]
     for eps in (trained := sorted({round(run.eps, 4) for run in runs if run.args["eps"]})):
@@ -479,6 +494,36 @@ def tradeoff(runs):
     return fig
 
 
+def threats(runs):
+    """Accuracy by attacker (rows) and attack (columns): what is left under A and B and gone under C was hidden."""
+    runs = [run for run in runs if "threats" in run.method]
+    if not runs:
+        return "no run has a table of attackers (abnn.py)"
+    heights = [len(run.method["threats"]) for run in runs]
+    fig, axes = plt.subplots(len(runs), 1, figsize=(12, 1.6 * len(runs) + 0.5 * sum(heights)), squeeze=False,
+                             height_ratios=heights)
+    for ax, run in zip(axes[:, 0], runs):
+        table = run.method["threats"]
+        columns = list(table["worst"])
+        values = np.array([[100 * row.get(k, np.nan) for k in columns] for row in table.values()])
+        image = ax.pcolormesh(values, cmap="viridis", vmin=0, vmax=100, edgecolors="white", linewidth=2)
+        for (i, j), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                ax.text(j + 0.5, i + 0.5, f"{value:.1f}", ha="center", va="center",
+                        color="white" if value < 55 else "black", weight="bold" if i == 0 else "normal")
+        ax.set_xticks(np.arange(len(columns)) + 0.5, [k.replace("_", "\n") for k in columns])
+        ax.set_yticks(np.arange(len(table)) + 0.5, list(table))
+        ax.invert_yaxis()
+        ax.tick_params(length=0)
+        ax.grid(False)
+        ax.set_title(f"{run.results['dataset']}, {run.label}: accuracy by attacker and attack, of "
+                     f"{run.results['evaluated']} test samples")
+    fig.colorbar(image, ax=axes[:, 0], label="accuracy", format="{x:g} %", pad=0.02)
+    fig.supxlabel("A: no gradient through S;  B: from T's plain twin;  C: full white box;  "
+                  "worst: per sample over all rows;  all: over all attacks", fontsize=10)
+    return fig
+
+
 def steps(runs):
     """Accuracy against the steps of one long attack: what still falls at its end has not been measured yet."""
     if not (runs := [run for run in runs if run.audit.get("steps_curve")]):
@@ -575,20 +620,28 @@ def training(runs):
 
 def examples(runs):
     """Test images clean, under PGD-20 on the best checkpoint, and the perturbation: what an eps looks like."""
-    fig = plt.figure(figsize=(12, 5.6 * len(runs)))
+    tall = any("threats" in run.method for run in runs)
+    fig = plt.figure(figsize=(12, (10.4 if tall else 5.6) * len(runs)))
     for part, run in zip(fig.subfigures(len(runs), squeeze=False)[:, 0], runs):
         try:
-            net, args, _ = importlib.import_module(run.results["script"]).load(run.path, "cpu")
-            d = data.load(args.dataset, args.data_dir, "cpu", args.train_size, args.val_size, args.test_size)
+            module = importlib.import_module(run.results["script"])
+            net, args, _ = module.load(run.path, "cpu")
+            sizes = args.train_size, args.val_size, args.test_size
+            of_video = dict(frames=args.frames, split=args.split) if getattr(args, "frames", 1) > 1 else {}
+            d = data.load(args.dataset, args.data_dir, "cpu", *sizes, **of_video)
         except (data.UserError, ImportError) as error:
             return str(error)
         x, y, eps = data.to_float(d.test.x[:8]), d.test.y[:8], run.results["eps"]
         x_adv = pgd(net, x, y, eps=eps, step_size=eps / 4, steps=20, norm=args.norm, random_start=False)
         predictions = zip(y.tolist(), *(net(images).argmax(1).tolist() for images in (x, x_adv)))
         rows = {"clean": x, "adversarial": x_adv, "10 x difference": (0.5 + 10 * (x_adv - x)).clamp(0, 1)}
-        axes = part.subplots(3, len(x), squeeze=False, subplot_kw=dict(xticks=[], yticks=[], frame_on=False))
+        if hasattr(module, "craft"):  # the attacks within a mask, too
+            generator = torch.Generator().manual_seed(0)
+            rows |= {k: module.craft(k, net, x, y, args, generator) for k in module.PHYSICAL[1:] if k != "af_universal"}
+        axes = part.subplots(len(rows), len(x), squeeze=False, subplot_kw=dict(xticks=[], yticks=[], frame_on=False))
         for row, (name, images) in zip(axes, rows.items()):
             row[0].set_ylabel(name)
+            images = images[:, :, 0] if images.ndim == 5 else images  # first frames
             for ax, image in zip(row, images.permute(0, 2, 3, 1).numpy()):
                 ax.imshow(image, interpolation="nearest")
         for ax, classes in zip(axes[0], predictions):
@@ -613,7 +666,7 @@ if __name__ == "__main__":
         run.label, run.color, run.marker = args.labels[i] if args.labels else name, COLORS[i % 7], MARKERS[i % 7]
     out = Path(args.out or ("figures" if len(runs) > 1 else runs[0].path))
     for draw in (robustness_curve, weights, statistics, features, conflicts, sample_weights, distances, usefulness,
-                 tradeoff, steps, loss_surface, training, examples):
+                 tradeoff, threats, steps, loss_surface, training, examples):
         path = out / f"{draw.__name__}.png"
         figure = f"it takes at most {len(COLORS)} runs" if many and draw is not tradeoff else draw(runs)
         if isinstance(figure, str):

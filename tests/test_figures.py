@@ -18,6 +18,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 import aalp as aalp_script
+import abnn as abnn_script
 import vfd_adv as vfd_script
 from afa import AFANet, Args
 from benchmark import figures
@@ -27,7 +28,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "benchmark" / "figures.py"
 FIGURES = ("robustness_curve", "weights", "statistics", "training", "examples")
 OF_AALP = ("features", "conflicts", "sample_weights", "steps", "loss_surface")
 OF_VFD = ("distances", "usefulness", "tradeoff")
-ORDER = (*OF_AALP[:3], *OF_VFD, *OF_AALP[3:])
+ORDER = (*OF_AALP[:3], *OF_VFD, "threats", *OF_AALP[3:])
 GRID = {"0": 0.9, "1": 0.85, "2": 0.8, "4": 0.7, "6": 0.5, "8": 0.4, "12": 0.1, "16": 0.0, "64": 0.0}
 EPS, LAYERS = 8 / 255, 7
 digits = functools.cache(data.READERS["digits"])
@@ -348,6 +349,56 @@ def test_lines_of_the_tradeoff(tmp_path):
         heights = sorted(text.xyann[1] for text in alone[0].texts)
         assert min(np.diff(heights)) > 0.08 and 0 <= heights[0] and heights[-1] <= 1  # two of the points are one
         plt.close("all")
+
+
+def make_abnn(folder, **changes):
+    """The folder of a run of abnn.py, like that of `make_run`."""
+    folder.mkdir()
+    args = {**abnn_script.DIGITS, "width": 4, "substitute_arch": "preactresnet8", "substitute_width": 4,
+            "train_size": 100, "val_size": 100, "test_size": 20, "data_dir": str(folder / "data"), **changes}
+    args = abnn_script.Args(**args)
+    data.save(folder / "args.json", dict(script="abnn", dataset="digits", seed=1, args=vars(args)))
+    torch.manual_seed(0)
+    net = abnn_script.build(args, 10)
+    data.save(folder / "best.pt", dict(script="abnn", args=vars(args), classes=10, net=net.state_dict(), epoch=2))
+    row = {"epoch": 2, "worst": 0.3, "clean": 0.9, "fgsm": 0.6, "pgd20": 0.4, "pgd50_margin": 0.35, "targeted": 0.3}
+    attacks = {k: 0.1 * i for i, k in enumerate(abnn_script.PHYSICAL)}
+    threats = {"worst": {"clean": 0.9, **attacks, "all": 0.0}, "A ce": attacks, "C ce": attacks,
+               "no gradient": {k: v for k, v in attacks.items() if k != "roa_search"}}
+    curves = {"model": GRID} | ({"A": GRID, "twin": GRID} if args.defense == "abnn" else {})
+    data.save(folder / "results.json", dict(
+        script="abnn", dataset="digits", seed=1, eps=EPS, evaluated=20, checkpoints={"best": row, "last": row},
+        robustness_curve=GRID, method={"threats": threats, "curves": curves}))
+    return folder
+
+
+def test_runs_of_abnn(draw, tmp_path):
+    run, plain = make_abnn(tmp_path / "abnn"), make_abnn(tmp_path / "none", defense="none")
+    done = draw(run)
+    assert done.returncode == 0, done.stderr
+    check(run, ("robustness_curve", "threats", "examples"))
+    with matplotlib.rc_context():
+        both = runs_of(run, plain)
+        ax, other, bar = figures.threats(both).axes
+        written = [text.get_text() for text in ax.texts]
+        assert written[:8] == ["90.0", "0.0", "10.0", "20.0", "30.0", "40.0", "50.0", "0.0"] and len(written) == 25
+        assert [label.get_text() for label in ax.get_yticklabels()] == ["worst", "A ce", "C ce", "no gradient"]
+        assert "ABNN flat" in ax.get_title() and "undefended" in other.get_title()
+        (ax,) = figures.robustness_curve(both).axes
+        labels = [line.get_label() for line in ax.lines]
+        assert "ABNN flat, no gradient through S (A)" in labels and not any("twin" in label for label in labels)
+        plt.close("all")
+
+
+@pytest.mark.parametrize(("changes", "label"), [
+    ({}, "ABNN flat"),
+    (dict(statistics="channel", moments="batch"), "ABNN channel, moments batch"),
+    (dict(equalised=False, align_weight=1.0), "ABNN flat, equalised False, align weight 1.0"),
+    (dict(defense="none"), "undefended"),
+    (dict(defense="at"), "PGD-AT"),
+])  # fmt: skip
+def test_labels_of_abnn_runs(changes, label):
+    assert figures.abnn_label(vars(abnn_script.Args(**{**abnn_script.DIGITS, **changes}))) == label
 
 
 def test_more_runs_than_colours_are_for_the_tradeoff(afa, draw, tmp_path):

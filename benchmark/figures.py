@@ -167,7 +167,8 @@ def robustness_curve(runs):
                 look = dict(color=run.color, linewidth=1.2, linestyle=":" if name == "w=1" else "--")
                 line(others[name], f"{run.label}, {FIXED[name]}", **look)
     notes += [f"at eps {k}/255, not drawn: {', '.join(values)}" for k, values in far.items()]
-    for eps in (trained := sorted({round(run.eps, 4) for run in runs if run.args["eps"]})):
+    for eps in (trained := sorted({round(run.eps, 4) for run in runs
+                                   if run.args["eps"] and run.args.get("defense", "at") == "at"})):
         ax.axvline(eps, color="0.35", linewidth=1.2)
         ax.text(eps, 101, f"eps_max = {eps:g}", ha="center", va="bottom", fontsize=10)
     for eps in trained[-1:]:

@@ -387,6 +387,7 @@ def test_runs_of_abnn(draw, tmp_path):
         (ax,) = figures.robustness_curve(both).axes
         labels = [line.get_label() for line in ax.lines]
         assert "ABNN flat, no gradient through S (A)" in labels and not any("twin" in label for label in labels)
+        assert not ax.texts  # no eps_max: it was not trained with attacks
         plt.close("all")
 
 

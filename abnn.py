@@ -106,7 +106,7 @@ FAST = dict(arch="preactresnet18", frames=1, epochs=30, batch_size=128, lr=0.05,
 PAPER = {**FAST, "epochs": 100, "clean_epochs": 100, "milestones": (75, 90)}
 DIGITS = {**FAST, "arch": "preactresnet8", "epochs": 8, "clean_epochs": 6, "eps_warmup_epochs": 3.0,
           "attack_steps": 5, "test_size": 200, "substitute": "self"}
-MOVING = {**DIGITS, "arch": "conv3d", "frames": 8, "epochs": 6, "batch_size": 64, "eps": 4 / 255, "test_size": 200,
+MOVING = {**DIGITS, "arch": "conv3d", "frames": 8, "epochs": 6, "batch_size": 64, "eps": 4 / 255, "test_size": 80,
           "statistics": "channel", "eps_warmup_epochs": 2.0}
 UCF101 = {**FAST, "arch": "r3d18", "frames": 16, "epochs": 10, "clean_epochs": 10, "batch_size": 16, "lr": 1e-3,
           "milestones": (7,), "weight_decay": 1e-5, "eps": 4 / 255, "statistics": "channel", "substitute": "kinetics",

@@ -94,6 +94,20 @@ def train_surrogate(x, y, classes, steps, seed=0, batch_size=128, width=32):
     return net.eval()
 
 
+class OfClips(nn.Module):
+    """A network of clips (N, 3, T, H, W) on images (N, 3, T * H, W), frame below frame: the attacks know images only.
+
+    The surrogate then sees shapes but no motion, so its attacks are weak where motion is the class.
+    """
+
+    def __init__(self, net, frames):
+        super().__init__()
+        self.net, self.frames = net, frames
+
+    def forward(self, x):
+        return self.net(x.unflatten(2, (self.frames, -1)))
+
+
 class Average(nn.Module):
     """Mean logits of several passes: the gradient's expectation over noise (EOT, Athalye et al. 2018)."""
 
@@ -531,14 +545,20 @@ def main():
     torch.backends.cudnn.allow_tf32 = False  # rounding to 10 bits would show up as false gradients
     net, args, *_ = script.load(a.run, device)
     sizes = args.train_size, args.val_size, args.test_size
-    d = data.load(args.dataset, a.data_dir or args.data_dir, device, *sizes)
-    x, y = data.to_float(d.test.x), d.test.y
+    video = getattr(args, "frames", 1) > 1
+    options = dict(frames=args.frames, split=args.split) if video else {}
+    d = data.load(args.dataset, a.data_dir or args.data_dir, device, *sizes, **options)
     n = a.n or (QUICK if a.quick else FULL)["n"]
+    x, y, x_train = d.test.x[:n], d.test.y[:n], d.train.x[:20_000]
+    if video:
+        x_train = data.centre_clips(x_train[:2_000], args.frames, x.shape[2])
+        net, x, x_train = OfClips(net, args.frames).eval(), x.flatten(1, 2), x_train.flatten(1, 2)
+    x = data.to_float(x)
     eps, norm = eps or args.eps or 8 / 255, a.norm or args.norm
-    print(f"{run}: {script.__name__} on {d.name}, first {min(n, len(y))} of {len(y)} test images, {norm} "
+    print(f"{run}: {script.__name__} on {d.name}, first {len(y)} of {len(d.test.y)} test images, {norm} "
           f"{pixels(eps, norm)}, {device}\n")  # fmt: skip
-    result = audit(net, x[:n], y[:n], eps, norm, quick=a.quick, use_autoattack=a.autoattack, seed=a.seed,
-                   train=(data.to_float(d.train.x[:20_000]), d.train.y[:20_000]), batch_size=a.batch_size,
+    result = audit(net, x, y, eps, norm, quick=a.quick, use_autoattack=a.autoattack, seed=a.seed,
+                   train=(data.to_float(x_train), d.train.y[: len(x_train)]), batch_size=a.batch_size,
                    others=getattr(script, "frozen_weights", lambda *_: None)(net, args),
                    log=partial(print, flush=True))  # fmt: skip
     about = dict(script=script.__name__, dataset=d.name, checkpoint="best.pt" if run.is_dir() else run.name,

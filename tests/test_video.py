@@ -11,6 +11,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from running import finished_in_process, in_process
 
+import abnn
+from benchmark import audit
 from common import data
 
 
@@ -259,3 +261,23 @@ def test_a_run_on_clips_end_to_end(tmp_path, capsys):
 def test_adversarial_training_on_clips_runs(tmp_path):
     run, _ = finished_in_process(TINY + " --defense at --eps-warmup-epochs 0", tmp_path, "abnn.py")
     assert json.loads((run / "results.json").read_text())["eps"] == pytest.approx(4 / 255)
+
+
+def test_the_audit_of_a_run_on_clips(tmp_path, monkeypatch):
+    """The attacks see images, frame below frame; the network sees the same clips."""
+    run, _ = finished_in_process(TINY + " --defense none", tmp_path, "abnn.py")
+    seen = {}
+    monkeypatch.setattr(audit, "audit", lambda net, x, y, eps, norm, **more: seen.update(
+        more, net=net, x=x, y=y, eps=eps) or {"verdict": ""})
+    monkeypatch.setattr("sys.argv", ["benchmark/audit.py", str(run), "--device", "cpu"])
+    audit.main()
+    net, args, _ = abnn.load(run)
+    d = abnn.load_data(args, "cpu")
+    clips = data.to_float(d.test.x)
+    assert seen["x"].shape == (4, 3, 8 * 32, 32) and seen["eps"] == pytest.approx(4 / 255)
+    assert torch.equal(seen["y"], d.test.y) and torch.equal(seen["x"][:, :, 32:64], clips[:, :, 1])
+    with torch.no_grad():
+        assert torch.equal(seen["net"](seen["x"]), net(clips))
+    x, y = seen["train"]
+    assert x.shape[1:] == seen["x"].shape[1:] and len(x) == len(y) == len(d.train.y)
+    assert torch.equal(y, d.train.y)

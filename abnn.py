@@ -90,7 +90,7 @@ class Args:
     substitute_arch: Literal["preactresnet18", "wrn-34-10", "preactresnet8", "r3d18", "conv3d", "resnet18", None] = None
     """network of S, self or of a data set (None: the target's)"""
     substitute_width: int | None = None  # its width (None: the target's)
-    clean_epochs: int | None = None  # epochs of clean training: of S, and of T before the layers go in
+    clean_epochs: int | None = None  # epochs of clean training that each defense starts from: of T, and of S
     statistics: Literal["flat", "channel"] | None = None
     """what A sees of S: all its features, as the authors do, or the mean and std of each channel"""
     moments: Literal["sample", "batch"] = "sample"  # mean and std of one sample, or of the batch as the authors do
@@ -106,7 +106,7 @@ FAST = dict(arch="preactresnet18", frames=1, epochs=30, batch_size=128, lr=0.05,
 PAPER = {**FAST, "epochs": 100, "clean_epochs": 100, "milestones": (75, 90)}
 DIGITS = {**FAST, "arch": "preactresnet8", "epochs": 8, "clean_epochs": 6, "eps_warmup_epochs": 3.0,
           "attack_steps": 5, "test_size": 200, "substitute": "self"}
-MOVING = {**DIGITS, "arch": "conv3d", "frames": 8, "epochs": 6, "batch_size": 64, "eps": 4 / 255, "test_size": 80,
+MOVING = {**DIGITS, "arch": "conv3d", "frames": 8, "epochs": 4, "batch_size": 64, "eps": 4 / 255, "test_size": 80,
           "statistics": "channel", "eps_warmup_epochs": 2.0}
 UCF101 = {**FAST, "arch": "r3d18", "frames": 16, "epochs": 10, "clean_epochs": 10, "batch_size": 16, "lr": 1e-3,
           "milestones": (7,), "weight_decay": 1e-5, "eps": 4 / 255, "statistics": "channel", "substitute": "kinetics",
@@ -746,8 +746,8 @@ if __name__ == "__main__":
     net = (net if run else build(args, len(d.classes))).to(device, memory_format=torch.channels_last)
     if not run and args.defense == "abnn":
         assemble(net, args, d, device, substitute)
-    elif not run and (args.substitute, args.arch) == ("kinetics", "r3d18"):
-        pretrained("kinetics", net)  # a start like that of the clean network beneath ABNN
+    elif not run:
+        net.load_state_dict(clean_network(args, d, device).state_dict())  # all defenses start from the same T  [D5]
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # modes, ends, precisions: beyond the limit it goes eager, silently
         net.compile()

@@ -369,7 +369,7 @@ def test_a_run_leaves_its_results(tiny, runs):
     for row in results["checkpoints"].values():
         assert set(row) == {"epoch", "clean", "fgsm", "pgd20", "pgd50_margin", "targeted", "transfer", "worst"}
     assert len(list((runs / "substitutes").glob("*.pt"))) == 2
-    assert set(tag_mismatches(run, "abnn.md")) == {  # those of adversarial training
+    assert set(tag_mismatches("abnn.md", run)) == {  # those of adversarial training
         "losses/robust_ce is not in the run", "train/robust_acc is not in the run"}
 
 
@@ -411,6 +411,14 @@ def test_a_run_starts_from_the_clean_target_and_a_run_can_be_the_substitute(tiny
     kept = (runs / "substitutes").glob("digits__preactresnet8__1__*.pt")  # in bfloat16 another one is trained
     assert [same(abnn.load(tiny[0])[0].twin.state_dict(), weights(path)) for path in kept].count(True) == 1
     assert "weaker premise" not in output
+
+
+@pytest.mark.parametrize("defense", ["none", "at"])
+def test_other_defenses_start_from_the_same_network(defense, tiny, runs, monkeypatch):
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: None)  # it stays where it starts
+    run, output = finished_in_process(f"{TINY} --epochs 1 --test-size 2 --defense {defense}", runs, "abnn.py")
+    assert "clean training" not in output
+    assert same(dict(abnn.load(run)[0].named_parameters()), dict(abnn.load(tiny[0])[0].twin.named_parameters()))
 
 
 def test_adversarial_training_runs_has_a_white_box_only_and_knows_the_cost_of_abnn(runs):

@@ -259,12 +259,14 @@ def test_a_run_on_clips_end_to_end(tmp_path, capsys):
 
 
 def test_adversarial_training_on_clips_runs(tmp_path):
+    (tmp_path / "substitutes").mkdir()
     run, _ = finished_in_process(TINY + " --defense at --eps-warmup-epochs 0", tmp_path, "abnn.py")
     assert json.loads((run / "results.json").read_text())["eps"] == pytest.approx(4 / 255)
 
 
 def test_the_audit_of_a_run_on_clips(tmp_path, monkeypatch):
     """The attacks see images, frame below frame; the network sees the same clips."""
+    (tmp_path / "substitutes").mkdir()
     run, _ = finished_in_process(TINY + " --defense none", tmp_path, "abnn.py")
     seen = {}
     monkeypatch.setattr(audit, "audit", lambda net, x, y, eps, norm, **more: seen.update(

@@ -198,7 +198,8 @@ def test_training_moves_the_target_and_leaves_substitute_and_twin_alone(kind):
 
 def test_distance_is_its_definition():
     torch.manual_seed(0)
-    record = [(torch.randn(3, 2, 4, 4), 2 * torch.randn(3, 5, 2, 2) + 1), (torch.rand(3, 4), torch.rand(3, 6))]
+    record = [(torch.randn(3, 2, 4, 4), 2 * torch.randn(3, 5, 2, 2) + 1),
+              (torch.rand(3, 4, 1, 1), torch.rand(3, 6, 1, 2))]
     expected = sum(((z[i].mean() - s[i].mean()) ** 2 + (z[i].std() - s[i].std()) ** 2) / 3
                    for z, s in record for i in range(3))
     torch.testing.assert_close(abnn.distance(record), expected)

@@ -187,7 +187,7 @@ def load(name, data_dir="data", device="cpu", train_size=None, val_size=1000, te
 
     if not official:
         print(f"warning: the files in {data_dir} have the layout of {name} but are not the official ones "
-              f"({len(y)} training and {len(y_test)} test images): results are named {name}-unofficial")  # fmt: skip
+              f"({len(y)} for training and {len(y_test)} for testing): results are named {name}-unofficial")  # fmt: skip
     return Data(name if official else f"{name}-unofficial", classes, split(x, y, train), split(x, y, val),
                 split(x_test, y_test, order_test[:test_size]), AUGMENT.get(name, dict(pad=4, flip=True)))  # fmt: skip
 

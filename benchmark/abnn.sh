@@ -14,7 +14,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 part=digits
 if [[ ${1:-} && $1 != --* ]]; then part=$1; shift; fi
-reduced="--arch preactresnet8 --attack-steps 3 --eps-warmup-epochs 3 --train-size 7000 --val-size 500 --test-size 500"
+reduced="--arch preactresnet8 --attack-steps 3 --eps-warmup-epochs 3 --train-size 7000 --val-size 500 --test-size 200"
 cost="--compare-cost --epochs 1 --clean-epochs 1 --test-size 1 --runs-dir runs/cost"
 
 commands() {

@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import os
+import runpy
 import shlex
 import subprocess
 import sys
@@ -54,7 +55,7 @@ def results(seed, command, **own):
                 command=command, checkpoints={"best": scores, "last": scores}, **own)
 
 
-def test_controls_of_all_seeds_are_one_setting_without_the_folders_of_the_machine(tmp_path):
+def test_controls_of_all_seeds_are_one_setting_without_the_folders_of_the_machine(tmp_path, monkeypatch, capsys):
     for seed in (1, 2, 3):
         folder = tmp_path / f"run{seed}"
         folder.mkdir()
@@ -62,9 +63,10 @@ def test_controls_of_all_seeds_are_one_setting_without_the_folders_of_the_machin
         (folder / "args.json").write_text(json.dumps(
             {"command": command} | info(seed=seed, control_of=f"runs/{seed}", pairing_weight=seed / 10)))
         (folder / "results.json").write_text(json.dumps(results(seed, command)))
-    words = [sys.executable, ROOT / "benchmark" / "collect.py", tmp_path / "out.csv", *sorted(tmp_path.glob("run*"))]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout == f"{tmp_path / 'out.csv'}: 6 rows\n", done.stderr
+    words = ["collect.py", tmp_path / "out.csv", *sorted(tmp_path.glob("run*"))]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    runpy.run_path(str(ROOT / "benchmark" / "collect.py"), run_name="__main__")
+    assert capsys.readouterr().out == f"{tmp_path / 'out.csv'}: 6 rows\n"
     with open(tmp_path / "out.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     assert {(r["dataset"], r["setting"], r["targeted"]) for r in rows} == {("digits", "--control-of RUN", "0.3")}

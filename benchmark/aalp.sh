@@ -1,44 +1,57 @@
 #!/usr/bin/env bash
-# The runs behind docs/aalp.md, one command a row: the baselines, each module alone, both, and the controls.
+# The runs behind docs/aalp.md, one command a row. Runs that results/aalp.csv has already are skipped.
 #   bash benchmark/aalp.sh          embedded data: about an hour on two CPU cores
-#   bash benchmark/aalp.sh cifar    CIFAR-10 in a reduced setting (narrow network, 10,000 images, 3 attack steps): half an hour
+#   bash benchmark/aalp.sh cifar10  reduced CIFAR-10, for one CPU core: 7,000 images, a small network, 3 attack steps
+#   bash benchmark/aalp.sh svhn     reduced SVHN, likewise
 #   bash benchmark/aalp.sh gpu      full size, for a GPU
+#   bash benchmark/aalp.sh gpu --dry-run          prints what is left to run
+#   bash benchmark/aalp.sh gpu --also="--data-dir D --device cuda:1"      flags for all of them
+# The baselines, each module alone, both, and the controls: RUN is the folder of the same command without --control-of.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-case "${1:-digits}" in
-digits)
-    for seed in 1 2 3; do
-        python aalp.py --seed $seed
-        run=$(ls -dt runs/digits__aalp__${seed}__* | head -n 1)
-        python aalp.py --seed $seed --control-of $run
-        python aalp.py --seed $seed --method alp
-        python aalp.py --seed $seed --method alp --guided-dropout low
-        python aalp.py --seed $seed --method alp --guided-dropout random
-        python aalp.py --seed $seed --method alp --sample-weight clean
-        python aalp.py --seed $seed --method at
-        python aalp.py --seed $seed --method at --eps 0
-    done
-    ;;
-cifar)
-    reduced="--dataset cifar10 --width 8 --bf16 --attack-steps 3 --eps-warmup-epochs 3 --train-size 10000 --val-size 500"
-    python aalp.py $reduced --test-size 300 --epochs 10
-    run=$(ls -dt runs/cifar10__aalp__1__* | head -n 1)
-    python aalp.py $reduced --test-size 300 --epochs 10 --control-of $run
-    python aalp.py $reduced --test-size 300 --epochs 10 --method alp
-    python aalp.py $reduced --test-size 300 --epochs 10 --method at
-    ;;
-gpu)
-    for seed in 1 2 3; do
-        for dataset in cifar10 svhn cifar100 tiny-imagenet; do
-            python aalp.py --dataset $dataset --seed $seed --bf16 --compile
-            run=$(ls -dt runs/${dataset}__aalp__${seed}__* | head -n 1)
-            python aalp.py --dataset $dataset --seed $seed --bf16 --compile --control-of $run
-            python aalp.py --dataset $dataset --seed $seed --bf16 --compile --method alp
-            python aalp.py --dataset $dataset --seed $seed --bf16 --compile --method alp --guided-dropout low
-            python aalp.py --dataset $dataset --seed $seed --bf16 --compile --method alp --sample-weight clean
-            python aalp.py --dataset $dataset --seed $seed --bf16 --compile --method at
+part=digits
+if [[ ${1:-} && $1 != --* ]]; then part=$1; shift; fi
+reduced="--arch preactresnet8 --attack-steps 3 --eps-warmup-epochs 3 --train-size 7000 --val-size 500 --test-size 500"
+
+commands() {
+    case $part in
+    digits)
+        for seed in 1 2 3; do
+            echo python aalp.py --seed $seed
+            echo python aalp.py --seed $seed --control-of RUN
+            echo python aalp.py --seed $seed --method alp
+            echo python aalp.py --seed $seed --method alp --guided-dropout low
+            echo python aalp.py --seed $seed --method alp --guided-dropout random
+            echo python aalp.py --seed $seed --method alp --sample-weight clean
+            echo python aalp.py --seed $seed --method at
+            echo python aalp.py --seed $seed --method at --eps 0
         done
-    done
-    ;;
-esac
-python benchmark/collect.py results/aalp.csv runs/*__aalp__*
+        ;;
+    cifar10 | svhn)
+        for seed in 1 2 3; do
+            echo python aalp.py --dataset $part --seed $seed $reduced --epochs 15
+            echo python aalp.py --dataset $part --seed $seed $reduced --epochs 15 --control-of RUN
+            echo python aalp.py --dataset $part --seed $seed $reduced --epochs 15 --method alp
+            echo python aalp.py --dataset $part --seed $seed $reduced --epochs 15 --method at
+        done
+        ;;
+    gpu)
+        for dataset in cifar10 svhn cifar100 tiny-imagenet; do
+            for seed in 1 2 3; do
+                echo python aalp.py --dataset $dataset --seed $seed --bf16 --compile
+                echo python aalp.py --dataset $dataset --seed $seed --bf16 --compile --control-of RUN
+                echo python aalp.py --dataset $dataset --seed $seed --bf16 --compile --method alp
+                echo python aalp.py --dataset $dataset --seed $seed --bf16 --compile --method alp --guided-dropout low
+                echo python aalp.py --dataset $dataset --seed $seed --bf16 --compile --method alp --sample-weight clean
+                echo python aalp.py --dataset $dataset --seed $seed --bf16 --compile --method at
+            done
+        done
+        ;;
+    *)
+        echo "error: no list $part: choose digits, cifar10, svhn or gpu" >&2
+        exit 2
+        ;;
+    esac
+}
+
+commands | python benchmark/run.py results/aalp.csv "$@"

@@ -1,53 +1,88 @@
 #!/usr/bin/env bash
-# The runs behind docs/abnn.md, one command a row: no defense, adversarial training, and ABNN in its variants.
+# The runs behind docs/abnn.md, one command a row. Runs that results/abnn.csv has already are skipped.
 #   bash benchmark/abnn.sh          embedded images
 #   bash benchmark/abnn.sh video    embedded video
+#   bash benchmark/abnn.sh cost     seconds per epoch of the three defenses, on embedded data
+#   bash benchmark/abnn.sh cifar10  reduced CIFAR-10, for one CPU core: 7,000 images, a small network, 3 attack steps
+#   bash benchmark/abnn.sh svhn     reduced SVHN, likewise
 #   bash benchmark/abnn.sh gpu      full size, images and video, for a GPU
-# The first run of a seed trains the clean networks, the others find them in runs/substitutes. The last run of each part
-# measures the cost of the three defenses; its accuracies mean nothing.
+#   bash benchmark/abnn.sh gpu --dry-run          prints what is left to run
+#   bash benchmark/abnn.sh gpu --also="--data-dir D --device cuda:1"      flags for all of them
+# The first run of a seed trains the clean networks, the others find them in runs/substitutes. Reduced CIFAR-10 and SVHN
+# are each other's substitute. A run with --compare-cost measures the clock: its accuracies mean nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-case "${1:-digits}" in
-digits)
-    for seed in 1 2 3; do
-        python abnn.py --seed $seed --defense none
-        python abnn.py --seed $seed --defense at
-        python abnn.py --seed $seed
-        python abnn.py --seed $seed --moments batch
-        python abnn.py --seed $seed --statistics channel
-        python abnn.py --seed $seed --statistics channel --moments batch
-        python abnn.py --seed $seed --no-equalised
-        python abnn.py --seed $seed --align-weight 1
-    done
-    python abnn.py --compare-cost --epochs 1 --clean-epochs 1 --test-size 1 --runs-dir runs/cost
-    ;;
-video)
-    for seed in 1 2 3; do
-        python abnn.py --dataset moving-digits --seed $seed --defense none
-        python abnn.py --dataset moving-digits --seed $seed --defense at
-        python abnn.py --dataset moving-digits --seed $seed
-        python abnn.py --dataset moving-digits --seed $seed --moments batch
-        python abnn.py --dataset moving-digits --seed $seed --statistics flat
-        python abnn.py --dataset moving-digits --seed $seed --statistics flat --moments batch
-    done
-    python abnn.py --dataset moving-digits --compare-cost --epochs 1 --clean-epochs 1 --test-size 1 --runs-dir runs/cost
-    ;;
-gpu)
-    for seed in 1 2 3; do
+part=digits
+if [[ ${1:-} && $1 != --* ]]; then part=$1; shift; fi
+reduced="--arch preactresnet8 --attack-steps 3 --eps-warmup-epochs 3 --train-size 7000 --val-size 500 --test-size 200"
+cost="--compare-cost --epochs 1 --clean-epochs 1 --test-size 1 --runs-dir runs/cost"
+
+commands() {
+    case $part in
+    digits)
+        for seed in 1 2 3; do
+            echo python abnn.py --seed $seed --defense none
+            echo python abnn.py --seed $seed --defense at
+            echo python abnn.py --seed $seed
+            echo python abnn.py --seed $seed --moments batch
+            echo python abnn.py --seed $seed --statistics channel
+            echo python abnn.py --seed $seed --statistics channel --moments batch
+            echo python abnn.py --seed $seed --no-equalised
+            echo python abnn.py --seed $seed --align-weight 1
+        done
+        ;;
+    video)
+        for seed in 1 2 3; do
+            echo python abnn.py --dataset moving-digits --seed $seed --defense none
+            echo python abnn.py --dataset moving-digits --seed $seed --defense at
+            echo python abnn.py --dataset moving-digits --seed $seed
+            echo python abnn.py --dataset moving-digits --seed $seed --moments batch
+            echo python abnn.py --dataset moving-digits --seed $seed --statistics flat
+            echo python abnn.py --dataset moving-digits --seed $seed --statistics flat --moments batch
+        done
+        ;;
+    cost)
+        for dataset in digits moving-digits; do
+            echo python abnn.py --dataset $dataset $cost
+        done
+        ;;
+    cifar10 | svhn)
+        substitute=$([[ $part = svhn ]] && echo cifar10 || echo svhn)
+        for seed in 1 2 3; do
+            echo python abnn.py --dataset $part --seed $seed $reduced --epochs 15 --defense none
+            echo python abnn.py --dataset $part --seed $seed $reduced --epochs 15 --defense at
+            other="--clean-epochs 10 --substitute $substitute"
+            echo python abnn.py --dataset $part --seed $seed $reduced --epochs 15 $other
+        done
+        ;;
+    gpu)
         for dataset in cifar10 svhn ucf101; do
-            python abnn.py --dataset $dataset --seed $seed --bf16 --defense none
-            python abnn.py --dataset $dataset --seed $seed --bf16 --defense at
-            python abnn.py --dataset $dataset --seed $seed --bf16
-            python abnn.py --dataset $dataset --seed $seed --bf16 --moments batch
+            for seed in 1 2 3; do
+                full="--dataset $dataset --seed $seed --bf16 --compile"
+                echo python abnn.py $full --defense none
+                echo python abnn.py $full --defense at
+                echo python abnn.py $full
+                echo python abnn.py $full --moments batch
+                # Flat maps for clips of UCF-101 would have a thousand million weights.
+                [[ $dataset = ucf101 ]] && continue
+                echo python abnn.py $full --statistics channel
+                echo python abnn.py $full --statistics channel --moments batch
+            done
+            echo python abnn.py --dataset $dataset --bf16 --compile $cost
         done
-        for dataset in cifar10 svhn; do  # flat maps for clips of UCF-101 would have a thousand million weights
-            python abnn.py --dataset $dataset --seed $seed --bf16 --statistics channel
-            python abnn.py --dataset $dataset --seed $seed --bf16 --statistics channel --moments batch
+        for dataset in cifar100 tiny-imagenet; do
+            for seed in 1 2 3; do
+                echo python abnn.py --dataset $dataset --seed $seed --bf16 --compile --defense none
+                echo python abnn.py --dataset $dataset --seed $seed --bf16 --compile --defense at
+                echo python abnn.py --dataset $dataset --seed $seed --bf16 --compile
+            done
         done
-    done
-    for dataset in cifar10 svhn ucf101; do
-        python abnn.py --dataset $dataset --bf16 --compare-cost --epochs 1 --clean-epochs 1 --test-size 1 --runs-dir runs/cost
-    done
-    ;;
-esac
-python benchmark/collect.py results/abnn.csv runs/*__abnn__*
+        ;;
+    *)
+        echo "error: no list $part: choose digits, video, cost, cifar10, svhn or gpu" >&2
+        exit 2
+        ;;
+    esac
+}
+
+commands | python benchmark/run.py results/abnn.csv "$@"

@@ -1,31 +1,46 @@
 #!/usr/bin/env bash
-# The runs behind docs/afa.md, one command a row.
+# The runs behind docs/afa.md, one command a row. Runs that results/afa.csv has already are skipped.
 #   bash benchmark/afa.sh          embedded data: about half an hour on two CPU cores
-#   bash benchmark/afa.sh cifar    CIFAR-10 in a reduced setting (narrow network, 20,000 images, 3 attack steps): an hour
+#   bash benchmark/afa.sh cifar10  reduced CIFAR-10, for one CPU core: 7,000 images, a small network, 3 attack steps
+#   bash benchmark/afa.sh svhn     reduced SVHN, likewise
 #   bash benchmark/afa.sh gpu      full size, for a GPU
-# The PGD-AT baseline has more epochs for the price of AFA's two stages: its steps lack the second half and the probe pass.
+#   bash benchmark/afa.sh gpu --dry-run          prints what is left to run
+#   bash benchmark/afa.sh gpu --also="--data-dir D --device cuda:1"      flags for all of them
+# PGD-AT has more epochs for the price of AFA's two stages: its steps lack the second half and the probe pass.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-case "${1:-digits}" in
-digits)
-    for seed in 1 2 3; do
-        python afa.py --seed $seed
-        python afa.py --seed $seed --bn single --epochs 16
-        python afa.py --seed $seed --bn single --eps 0
-    done
-    ;;
-cifar)
-    reduced="--dataset cifar10 --width 8 --bf16 --attack-steps 3 --eps-warmup-epochs 3 --train-size 20000 --val-size 500"
-    python afa.py $reduced --test-size 300 --epochs 12 --gate-epochs 1
-    python afa.py $reduced --test-size 300 --epochs 20 --bn single
-    ;;
-gpu)
-    for seed in 1 2 3; do
-        for dataset in cifar10 svhn cifar100 tiny-imagenet; do
-            python afa.py --dataset $dataset --seed $seed --bf16 --compile
-            python afa.py --dataset $dataset --seed $seed --bf16 --compile --bn single --epochs 48
+part=digits
+if [[ ${1:-} && $1 != --* ]]; then part=$1; shift; fi
+reduced="--arch preactresnet8 --attack-steps 3 --eps-warmup-epochs 3 --train-size 7000 --val-size 500 --test-size 500"
+
+commands() {
+    case $part in
+    digits)
+        for seed in 1 2 3; do
+            echo python afa.py --seed $seed
+            echo python afa.py --seed $seed --bn single --epochs 16
+            echo python afa.py --seed $seed --bn single --eps 0
         done
-    done
-    ;;
-esac
-python benchmark/collect.py results/afa.csv runs/*__afa__*
+        ;;
+    cifar10 | svhn)
+        for seed in 1 2 3; do
+            echo python afa.py --dataset $part --seed $seed $reduced --epochs 12 --gate-epochs 2
+            echo python afa.py --dataset $part --seed $seed $reduced --epochs 24 --bn single
+        done
+        ;;
+    gpu)
+        for dataset in cifar10 svhn cifar100 tiny-imagenet; do
+            for seed in 1 2 3; do
+                echo python afa.py --dataset $dataset --seed $seed --bf16 --compile
+                echo python afa.py --dataset $dataset --seed $seed --bf16 --compile --bn single --epochs 48
+            done
+        done
+        ;;
+    *)
+        echo "error: no list $part: choose digits, cifar10, svhn or gpu" >&2
+        exit 2
+        ;;
+    esac
+}
+
+commands | python benchmark/run.py results/afa.csv "$@"

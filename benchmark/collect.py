@@ -1,4 +1,4 @@
-"""Gather the results.json of runs into a csv, one row per run and checkpoint, and print means over seeds as a table.
+"""Gather the results.json of runs into a csv, one row per run and checkpoint. benchmark/report.py makes tables of it.
 
     python benchmark/collect.py results/afa.csv runs/digits__afa__*
 
@@ -9,12 +9,12 @@ replaced where the same command was run again on the same seed.
 import csv
 import importlib
 import json
+import os
 import shlex
 import sys
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -29,7 +29,6 @@ NOT_A_SETTING = {"dataset", "preset", "data_dir", "runs_dir", "seed", "device", 
 class Args:
     out: tyro.conf.Positional[Path]  # csv to write
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()  # folders of finished runs
-    checkpoint: str = "best"  # checkpoint of the printed table: best or last
     validation: bool = False  # accuracies of the best epoch on validation images: what a sweep may choose by
 
 
@@ -37,7 +36,7 @@ def setting(script, info):
     """The arguments of a run that differ from what its data set's preset gives, as flags: its name in tables."""
     module, args = importlib.import_module(script), info["args"]
     usual = {**vars(module.Args()), **module.PRESETS[args["dataset"]][args["preset"]]}
-    usual |= getattr(module, "METHODS", {}).get(args.get("method"), {})
+    usual |= getattr(module, "METHODS", {}).get("alp" if args.get("control_of") else args.get("method"), {})
     usual = json.loads(json.dumps(usual))  # as args.json has it: a tuple is a list
     skipped = NOT_A_SETTING | set(info.get("preset", []))  # what a script says that it filled in by itself
     changed = {k: v for k, v in args.items() if k not in skipped and v != usual[k]}
@@ -48,9 +47,26 @@ def setting(script, info):
     return " ".join(([f"--preset {args['preset']}"] if args["preset"] != "fast" else []) + flags) or "default"
 
 
-def rows(run, validation):
+def measured(method):
+    """What the methods' own claims rest on, from results.json's `method`, as columns: fractions, counts, distances."""
+    columns = {f"{row} {attack}": v for row, attacks in method.get("threats", {}).items()
+               for attack, v in attacks.items()}
+    columns |= {f"{name} pgd20@{k}": v for name, curve in method.get("curves", {}).items() if name != "model"
+                for k, v in curve.items()}
+    columns |= {f"{name} monotone {k}": v for name, statistics in method.get("statistics", {}).items()
+                for k, v in statistics["monotone_share"].items()}
+    columns |= {f"{net} usefulness {k}": mean(v) for net, row in method.get("usefulness", {}).items()
+                for k, v in row.items()}
+    columns |= {f"{k} over epochs": mean(v) for k, v in method.get("history", {}).items()
+                if k.startswith(("conflicting", "overemphasised", "sample_weight", "label_leak"))}
+    return columns | method.get("test", {}) | method.get("distance", {})
+
+
+def rows(run, validation=False):
+    """The rows of a run's folder, each a dict. Measuring the cost (`--compare-cost`) gives one row, of seconds alone:
+    its accuracies are not those of a run that trains to the end."""
     try:
-        info, results = (json.loads((run / name).read_text()) for name in ("args.json", "results.json"))
+        info, results = (json.loads((Path(run) / name).read_text()) for name in ("args.json", "results.json"))
     except FileNotFoundError as error:
         print(f"warning: left out, for it has not finished: {run} has no {Path(error.filename).name}", file=sys.stderr)
         return
@@ -63,46 +79,51 @@ def rows(run, validation):
             del words[words.index(flag) : words.index(flag) + 2]
     words = ["RUN" if before == "--control-of" else word for before, word in zip(["", *words], words)]
     rest["command"] = shlex.join(["python", Path(words[1]).name, *words[2:]])
+    eps, method = {"eps": round(255 * results["eps"], 6)}, results.get("method", {})
     if validation:
-        row = {k: results["method"][k] for k in ("val_clean", "val_robust")}
-        yield {**shared, "checkpoint": "best", "epoch": results["checkpoints"]["best"]["epoch"], **row,
-               "eps": round(255 * results["eps"], 6), **{k: v for k, v in rest.items() if k != "evaluated"}}
-        return
-    for name, row in results["checkpoints"].items():
-        curve = {f"pgd20@{k}": v for k, v in results["robustness_curve"].items()} if name == "best" else {}
-        yield {**shared, "checkpoint": name, **row, **curve, "eps": round(255 * results["eps"], 6), **rest}
+        row = {k: method[k] for k in ("val_clean", "val_robust")}
+        yield {**shared, "checkpoint": "best", "epoch": results["checkpoints"]["best"]["epoch"], **row, **eps,
+               **{k: v for k, v in rest.items() if k != "evaluated"}}
+    elif cost := method.get("seconds_per_epoch"):
+        seconds = {k if "over" in k else f"seconds {k}": v for k, v in cost.items()}
+        own = {k: rest[k] for k in ("device", "python", "torch", "commit", "command")}
+        yield {**shared, "checkpoint": "cost", **seconds, **own}
+    else:
+        for name, row in results["checkpoints"].items():
+            curve = {f"pgd20@{k}": v for k, v in results["robustness_curve"].items()} if name == "best" else {}
+            own = measured(method) if name == "best" else {}
+            yield {**shared, "checkpoint": name, **row, **curve, **eps, **rest, **own}
 
 
 def key(row):
     return tuple(str(row[k]) for k in ("script", "dataset", "setting", "seed", "checkpoint"))
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
-    known = {}
-    if args.out.exists():
-        with open(args.out, newline="") as f:
-            known = {key(row): row for row in csv.DictReader(f)}
-    known |= {key(row): row for run in args.runs for row in rows(run, args.validation)}
+def read(path):
+    """The rows of a csv by their key, each {column: text}; none where there is no file."""
+    if not Path(path).exists():
+        return {}
+    with open(path, newline="") as f:
+        return {key(row): row for row in csv.DictReader(f)}
+
+
+def collect(out, runs, validation=False):
+    """Add the rows of the runs' folders to the csv. Returns all its rows."""
+    known = read(out)
+    known |= {key(row): row for run in runs for row in rows(run, validation)}
     table = [known[k] for k in sorted(known)]
     if not table:
         raise UserError("no runs: name their folders")
     columns = list(dict.fromkeys(k for row in table for k in row))
-    with open(args.out, "w", newline="") as f:
+    unfinished = Path(f"{out}.{os.getpid()}.tmp")
+    with open(unfinished, "w", newline="") as f:
         writer = csv.DictWriter(f, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
-    groups = defaultdict(list)
-    for row in table:
-        if row["checkpoint"] == args.checkpoint:
-            groups[row["dataset"], row["setting"]].append(row)
-    order = "val_clean val_robust worst clean fgsm pgd20 pgd50_margin targeted transfer"
-    shown = [c for c in order.split() if c in columns]
-    print("| data set | setting | seeds | " + " | ".join(shown) + " |\n" + "|-" * (3 + len(shown)) + "|")
-    for (dataset, name), group in groups.items():
-        cells = []
-        for c in shown:
-            values = [100 * float(row[c]) for row in group if row.get(c) not in (None, "")]
-            spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{mean(values):.1f}{spread}" if values else "")
-        print(f"| {dataset} | {name} | {len(group)} | " + " | ".join(cells) + " |")
+    os.replace(unfinished, out)  # a list of runs may be killed at any time
+    return table
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    print(f"{args.out}: {len(collect(args.out, args.runs, args.validation))} rows")

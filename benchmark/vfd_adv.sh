@@ -1,44 +1,72 @@
 #!/usr/bin/env bash
-# The runs behind docs/vfd_adv.md, one command a row.
-#   bash benchmark/vfd_adv.sh sweep    embedded data: the weight of both pairs, by validation accuracy; 20 minutes on two CPU cores
-#   bash benchmark/vfd_adv.sh          embedded data: each base, each pair, both, logits: two hours on two CPU cores
+# The runs behind docs/vfd_adv.md, one command a row. Runs that results/vfd_adv.csv has already are skipped.
+#   bash benchmark/vfd_adv.sh          embedded data, each base, each pair, both, logits: two hours on two CPU cores
+#   bash benchmark/vfd_adv.sh sweep    embedded data, the weight of both pairs, by validation accuracy: 20 minutes
+#   bash benchmark/vfd_adv.sh cifar10  reduced CIFAR-10, for one CPU core: 7,000 images, a small network, 3 attack steps
+#   bash benchmark/vfd_adv.sh svhn     reduced SVHN, likewise
 #   bash benchmark/vfd_adv.sh gpu      full size, for a GPU
-# The first run of a seed trains the teacher, the others find it in runs/teachers. lambda_0 = D/K is 6.4 on the embedded data.
+#   bash benchmark/vfd_adv.sh gpu --dry-run          prints what is left to run
+#   bash benchmark/vfd_adv.sh gpu --also="--data-dir D --device cuda:1"      flags for all of them
+# The first run of a seed trains the teacher, the others find it in runs/teachers. lambda_0 is 6.4 on embedded data.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-case "${1:-digits}" in
-sweep)
-    for base in at trades mart; do
-        for weight in 0 0.064 0.192 0.64 1.92; do
-            python vfd_adv.py --base $base --lambda-adv $weight --lambda-nat $weight --test-size 1 --runs-dir runs/sweep
-        done
-    done
-    python benchmark/collect.py results/vfd_adv_sweep.csv runs/sweep/*__vfd_adv__* --validation
-    exit
-    ;;
-digits)
-    for seed in 1 2 3; do
-        for base in at trades mart; do
-            python vfd_adv.py --seed $seed --base $base --lambda-adv 0 --lambda-nat 0
-            python vfd_adv.py --seed $seed --base $base --lambda-nat 0
-            python vfd_adv.py --seed $seed --base $base --lambda-adv 0
-            python vfd_adv.py --seed $seed --base $base
-            python vfd_adv.py --seed $seed --base $base --distill logits
-        done
-    done
-    ;;
-gpu)
-    for seed in 1 2 3; do
-        for dataset in cifar10 svhn cifar100 tiny-imagenet; do
+part=digits
+if [[ ${1:-} && $1 != --* ]]; then part=$1; shift; fi
+reduced="--arch preactresnet8 --attack-steps 3 --eps-warmup-epochs 3 --train-size 7000 --val-size 500 --test-size 500"
+
+commands() {
+    case $part in
+    digits)
+        for seed in 1 2 3; do
             for base in at trades mart; do
-                python vfd_adv.py --dataset $dataset --seed $seed --base $base --bf16 --compile --lambda-adv 0 --lambda-nat 0
-                python vfd_adv.py --dataset $dataset --seed $seed --base $base --bf16 --compile --lambda-nat 0
-                python vfd_adv.py --dataset $dataset --seed $seed --base $base --bf16 --compile --lambda-adv 0
-                python vfd_adv.py --dataset $dataset --seed $seed --base $base --bf16 --compile
-                python vfd_adv.py --dataset $dataset --seed $seed --base $base --bf16 --compile --distill logits
+                echo python vfd_adv.py --seed $seed --base $base --lambda-adv 0 --lambda-nat 0
+                echo python vfd_adv.py --seed $seed --base $base --lambda-nat 0
+                echo python vfd_adv.py --seed $seed --base $base --lambda-adv 0
+                echo python vfd_adv.py --seed $seed --base $base
+                echo python vfd_adv.py --seed $seed --base $base --distill logits
             done
         done
-    done
-    ;;
-esac
-python benchmark/collect.py results/vfd_adv.csv runs/*__vfd_adv__*
+        ;;
+    sweep)
+        for base in at trades mart; do
+            for weight in 0 0.064 0.192 0.64 1.92; do
+                weights="--lambda-adv $weight --lambda-nat $weight"
+                echo python vfd_adv.py --base $base $weights --test-size 1 --runs-dir runs/sweep
+            done
+        done
+        ;;
+    cifar10 | svhn)
+        for seed in 1 2 3; do
+            for base in at trades mart; do
+                short="--epochs 18 --teacher-epochs 10 --base $base"
+                echo python vfd_adv.py --dataset $part --seed $seed $reduced $short --lambda-adv 0 --lambda-nat 0
+                echo python vfd_adv.py --dataset $part --seed $seed $reduced $short
+            done
+        done
+        ;;
+    gpu)
+        for dataset in cifar10 svhn cifar100 tiny-imagenet; do
+            for seed in 1 2 3; do
+                for base in at trades mart; do
+                    full="--dataset $dataset --seed $seed --bf16 --compile --base $base"
+                    echo python vfd_adv.py $full --lambda-adv 0 --lambda-nat 0
+                    echo python vfd_adv.py $full --lambda-nat 0
+                    echo python vfd_adv.py $full --lambda-adv 0
+                    echo python vfd_adv.py $full
+                    echo python vfd_adv.py $full --distill logits
+                done
+            done
+        done
+        ;;
+    *)
+        echo "error: no list $part: choose digits, sweep, cifar10, svhn or gpu" >&2
+        exit 2
+        ;;
+    esac
+}
+
+if [[ $part = sweep ]]; then
+    commands | python benchmark/run.py results/vfd_adv_sweep.csv --validation "$@"
+else
+    commands | python benchmark/run.py results/vfd_adv.csv "$@"
+fi

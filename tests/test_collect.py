@@ -1,18 +1,24 @@
-"""benchmark/collect.py names settings by what a user typed, so that the seeds of one setting fall into one row."""
+"""benchmark/collect.py names settings by what a user typed; benchmark/run.py tells by the same name what is done."""
 
 import csv
+import importlib
 import json
+import os
+import runpy
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
+import tyro
+from conftest import ROOT
 
 import aalp
-from benchmark.collect import setting
+from benchmark import run
+from benchmark.collect import collect, measured, read, setting
 
-ROOT = Path(__file__).resolve().parent.parent
+RESULTS = sorted((ROOT / "results").glob("*.csv"))
 
 
 def info(**arguments):
@@ -33,6 +39,7 @@ def info(**arguments):
     (dict(sample_weight="conflict", pairing_weight=4.0), "--pairing-weight 4.0 --sample-weight conflict"),
     (dict(control_of="runs/a", epochs=3), "--epochs 3 --control-of RUN"),
     (dict(control_of="runs/b", pairing_weight=0.3), "--control-of RUN"),
+    (dict(control_of="runs/b", guided_dropout="low"), "--guided-dropout low --control-of RUN"),
     (dict(method="at", eps=0.0), "--eps 0/255 --method at"),
     (dict(dataset="cifar10", preset="paper", method="alp"), "--preset paper --method alp"),
 ])  # fmt: skip
@@ -40,26 +47,140 @@ def test_setting(arguments, expected):
     assert setting("aalp", info(**arguments)) == expected
 
 
-def test_table_leads_with_the_worst_case_and_puts_controls_of_all_seeds_into_one_row(tmp_path):
+def results(seed, command, **own):
+    """results.json of a run of aalp.py."""
+    scores = dict(epoch=1, worst=0.1 * seed, clean=0.9, fgsm=0.5, pgd20=0.4, pgd50_margin=0.35, targeted=0.3)
+    return dict(script="aalp", dataset="digits", seed=seed, eps=8 / 255, evaluated=20, train_seconds=1.0,
+                images_per_second=2.0, device="cpu", python="3", torch="2", commit="c", robustness_curve={"0": 0.9},
+                command=command, checkpoints={"best": scores, "last": scores}, **own)
+
+
+def test_controls_of_all_seeds_are_one_setting_without_the_folders_of_the_machine(tmp_path, monkeypatch, capsys):
     for seed in (1, 2, 3):
-        run = tmp_path / f"run{seed}"
-        run.mkdir()
+        folder = tmp_path / f"run{seed}"
+        folder.mkdir()
         command = f"python aalp.py --control-of runs/{seed} --seed {seed} --runs-dir {tmp_path}"
-        (run / "args.json").write_text(json.dumps(
+        (folder / "args.json").write_text(json.dumps(
             {"command": command} | info(seed=seed, control_of=f"runs/{seed}", pairing_weight=seed / 10)))
-        scores = dict(epoch=1, worst=0.1 * seed, clean=0.9, fgsm=0.5, pgd20=0.4, pgd50_margin=0.35, targeted=0.3)
-        (run / "results.json").write_text(json.dumps(dict(
-            script="aalp", dataset="digits", seed=seed, eps=8 / 255, evaluated=20, train_seconds=1.0,
-            images_per_second=2.0, device="cpu", python="3", torch="2", commit="c", robustness_curve={"0": 0.9},
-            command=command,
-            checkpoints={"best": scores, "last": scores})))
-    words = [sys.executable, ROOT / "benchmark" / "collect.py", tmp_path / "out.csv", *sorted(tmp_path.glob("run*"))]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    head, _, row = done.stdout.splitlines()
-    assert head == "| data set | setting | seeds | worst | clean | fgsm | pgd20 | pgd50_margin | targeted |"
-    assert row == "| digits | --control-of RUN | 3 | 20.0 ± 10.0 | " + " | ".join(
-        f"{v} ± 0.0" for v in (90.0, 50.0, 40.0, 35.0, 30.0)) + " |"
+        (folder / "results.json").write_text(json.dumps(results(seed, command)))
+    words = ["collect.py", tmp_path / "out.csv", *sorted(tmp_path.glob("run*"))]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    runpy.run_path(str(ROOT / "benchmark" / "collect.py"), run_name="__main__")
+    assert capsys.readouterr().out == f"{tmp_path / 'out.csv'}: 6 rows\n"
     with open(tmp_path / "out.csv", newline="") as f:
         rows = list(csv.DictReader(f))
-    assert len(rows) == 6 and {r["targeted"] for r in rows} == {"0.3"} and "--runs-dir" not in rows[0]["command"]
+    assert {(r["dataset"], r["setting"], r["targeted"]) for r in rows} == {("digits", "--control-of RUN", "0.3")}
+    assert {(r["seed"], r["worst"]) for r in rows} == {("1", "0.1"), ("2", "0.2"), ("3", str(0.1 * 3))}
+    assert rows[0]["command"] == "python aalp.py --control-of RUN --seed 1"
+
+
+def test_what_the_claims_rest_on_becomes_columns():
+    method = {"threats": {"worst": {"clean": 0.9, "all": 0.1}, "A ce": {"roa": 0.5}},
+              "curves": {"model": {"8": 0.4}, "w=0": {"8": 0.3}},
+              "statistics": {"w=0": {"monotone_share": {"mean": 0.7}}},
+              "usefulness": {"student": {"clean": [0.2, 0.4]}}, "distance": {"cka_adv": 0.6},
+              "test": {"n50_map_adv": 7.0}, "history": {"conflicting_logits": [0.0, 1.0], "val_clean": [0.1]}}
+    assert measured(method) == {
+        "worst clean": 0.9, "worst all": 0.1, "A ce roa": 0.5, "w=0 pgd20@8": 0.3, "w=0 monotone mean": 0.7,
+        "student usefulness clean": pytest.approx(0.3), "conflicting_logits over epochs": 0.5, "n50_map_adv": 7.0,
+        "cka_adv": 0.6}
+
+
+def test_a_run_for_the_clock_gives_seconds_and_no_accuracies(tmp_path):
+    (tmp_path / "args.json").write_text(json.dumps({"command": "python aalp.py"} | info()))
+    cost = {"none": 1.0, "at": 8.0, "abnn": 2.0, "at_over_abnn": 4.0}
+    (tmp_path / "results.json").write_text(json.dumps(
+        results(1, "python aalp.py", method={"seconds_per_epoch": cost})))
+    (row,) = collect(tmp_path / "out.csv", [tmp_path])
+    assert row["checkpoint"] == "cost" and "worst" not in row
+    assert (row["seconds at"], row["seconds abnn"], row["at_over_abnn"]) == (8.0, 2.0, 4.0)
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+def test_a_command_is_known_by_the_key_of_its_row(path, tmp_path):
+    """What benchmark/run.py makes of a command is what benchmark/collect.py made of its args.json."""
+    copy = tmp_path / path.name
+    copy.write_bytes(path.read_bytes())
+    assert len(collect(copy, [])) == len(read(path)) and copy.read_bytes() == path.read_bytes()
+    known = {k[:4]: row["command"] for k, row in read(path).items()}
+    assert known
+    for wanted, command in known.items():
+        assert run.parse(shlex.split(command))[0] == run.identity(*wanted), command
+
+
+FAKE = """import shutil, sys
+from pathlib import Path
+words = sys.argv[1:]
+with open("log", "a") as f:
+    print(*words, file=f)
+seed = words[words.index("--seed") + 1]
+if Path("broken").exists() and seed == "2":
+    sys.exit(3)
+shutil.copytree("made/" + seed + "control" * ("--control-of" in words),
+                f"runs/digits__aalp__{seed}__{len(list(Path('runs').glob('*')))}")
+"""
+
+
+def test_a_list_that_stopped_goes_on_where_it_was(tmp_path, monkeypatch, capfd):
+    (tmp_path / "aalp.py").write_text(FAKE)
+    (tmp_path / "broken").touch()
+    for seed in (1, 2):
+        for name, own in ((f"{seed}", {}), (f"{seed}control", dict(control_of="runs/a"))):
+            folder = tmp_path / "made" / name
+            folder.mkdir(parents=True)
+            (folder / "args.json").write_text(json.dumps(
+                {"command": "python aalp.py", "seed": seed} | info(seed=seed, **own)))
+            (folder / "results.json").write_text(json.dumps(results(seed, "python aalp.py")))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    lines = [f"python aalp.py --seed {seed}{flags}" for seed in (1, 2) for flags in ("", " --control-of RUN")]
+    out, log = tmp_path / "out.csv", tmp_path / "log"
+
+    with pytest.raises(SystemExit) as stop:
+        run.main(run.Args(out), lines)
+    ran = ["--seed 1", "--seed 1 --control-of runs/digits__aalp__1__0", "--seed 2"]
+    assert stop.value.code == 3 and log.read_text().splitlines() == ran
+    assert {(k[2], k[3]) for k in read(out)} == {("default", "1"), ("--control-of RUN", "1")}
+
+    capfd.readouterr()
+    run.main(run.Args(out, dry_run=True), lines)
+    shown = capfd.readouterr()
+    assert shown.out.splitlines() == lines[2:] and "2 of 4 runs" in shown.err
+
+    (tmp_path / "broken").unlink()
+    run.main(run.Args(out), lines)
+    ran += ["--seed 2", "--seed 2 --control-of runs/digits__aalp__2__2"]
+    assert log.read_text().splitlines() == ran
+    out.unlink()  # the folders are there still: they are collected, and nothing runs
+    run.main(run.Args(out), lines)
+    run.main(run.Args(out), lines)
+    assert log.read_text().splitlines() == ran and len(read(out)) == 8
+
+
+LISTS = {name: parts.split() for name, parts in (
+    ("afa", "digits cifar10 svhn gpu"), ("aalp", "digits cifar10 svhn gpu"),
+    ("vfd_adv", "digits sweep cifar10 svhn gpu"), ("abnn", "digits video cost cifar10 svhn gpu"))}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_every_command_of_the_lists_parses_and_no_two_are_the_same_run(name, tmp_path):
+    (tmp_path / "python").write_text("#!/bin/sh\nexec cat\n")  # in the place of benchmark/run.py
+    (tmp_path / "python").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    script = ROOT / "benchmark" / f"{name}.sh"
+    for part in LISTS[name]:
+        shown = subprocess.run(["bash", script, part], capture_output=True, text=True, env=environment)
+        lines = shown.stdout.splitlines()
+        assert shown.returncode == 0 and len(lines) == len(set(lines)) > 0, shown
+        # One seed, and one of the data sets that share their flags.
+        others = ("--seed 2", "--seed 3", "--dataset cifar100", "--dataset tiny-imagenet")
+        lines = [line for line in lines if not any(w in line for w in others)]
+        names = set()
+        for line in lines:
+            words = shlex.split(line)
+            assert words[:2] == ["python", f"{name}.py"]
+            tyro.cli(importlib.import_module(name).Args, args=words[2:])
+            names.add(run.parse(words)[0])
+        assert len(names) == len(lines), part
+    refused = subprocess.run(["bash", script, "nothing"], capture_output=True, text=True, env=environment)
+    assert refused.returncode == 2 and refused.stderr.startswith("error: no list nothing: choose ")

@@ -1,0 +1,198 @@
+"""Write the tables of the documents from the csv files in results/, and nothing else.
+
+    python benchmark/report.py             # rewrites docs/*.md and README.md where a number has changed
+    python benchmark/report.py --check     # changes nothing; status 1 when a document disagrees with its csv
+
+What stands between a marker and `<!-- end -->` belongs to this program:
+
+    <!-- table: afa digits -->           a row for each setting: best checkpoint, mean ± deviation over seeds
+    <!-- table: afa cifar10 reduced -->  settings on part of the training images, and only those
+    <!-- curve: afa digits -->           PGD-20 accuracy against eps
+    <!-- threats: abnn digits; ABNN -->  accuracy by attacker and attack
+    <!-- sweep: vfd_adv_sweep digits --> robust validation accuracy by lambda and base
+    <!-- summary: digits -->             the rows of SUMMARY, of all methods
+    <!-- value: afa digits; AFA; worst -->   one number, inside a sentence or a row
+
+Fractions are shown in percent. What no csv has yet is shown as "not yet measured".
+"""
+
+import argparse
+import csv
+import re
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+
+ROOT = Path(__file__).resolve().parent.parent
+MISSING = "not yet measured"
+# Names of settings, in the order of the rows; a setting without a name has its flags for one, and comes last.
+NAMES = {
+    "afa": {"default": "AFA", "--bn single": "PGD-AT", "--epochs 16 --bn single": "PGD-AT, 16 epochs",
+            "--epochs 48 --bn single": "PGD-AT, 48 epochs", "--eps 0/255 --bn single": "undefended",
+            "--train-size 20000 --test-size 300 --width 8 --gate-epochs 1": "AFA, an older setting"},
+    "aalp": {"default": "AALP, both modules", "--control-of RUN": "ALP, control: mean weight of AALP",
+             "--method alp": "ALP", "--method alp --guided-dropout low": "ALP + guided dropout",
+             "--method alp --guided-dropout random": "ALP + random dropout",
+             "--method alp --sample-weight clean": "ALP + sample weights",
+             "--method at": "no pairing", "--eps 0/255 --method at": "undefended"},
+    "vfd_adv": {f"{flags}{weights}".strip() or "default": f"{base}{what}"
+                for base, flags in (("AT", ""), ("TRADES", "--base trades"), ("MART", "--base mart"))
+                for what, weights in ((" + VFD", ""), (", adversarial pair", " --lambda-nat 0.0"),
+                                      (", clean pair", " --lambda-adv 0.0"), ("", " --lambda-adv 0.0 --lambda-nat 0.0"),
+                                      (" + logits", " --distill logits"))},
+    "abnn": {"default": "ABNN", "--moments batch": "ABNN, batch moments", "--statistics channel": "ABNN, channel",
+             "--statistics channel --moments batch": "ABNN, channel, batch moments",
+             "--statistics flat": "ABNN, flat", "--statistics flat --moments batch": "ABNN, flat, batch moments",
+             "--no-equalised": "ABNN, map that learns", "--align-weight 1.0": "ABNN, alignment loss",
+             "--defense at": "PGD-AT", "--defense none": "undefended",
+             "--epochs 1 --clean-epochs 1 --compare-cost": "seconds per epoch"},
+}  # fmt: skip
+SUMMARY = (("afa", "AFA"), ("afa", "PGD-AT, 16 epochs"), ("aalp", "AALP, both modules"), ("aalp", "ALP"),
+           ("aalp", "no pairing"), ("vfd_adv", "AT + VFD"), ("vfd_adv", "AT"), ("vfd_adv", "TRADES + VFD"),
+           ("vfd_adv", "TRADES"), ("vfd_adv", "MART + VFD"), ("vfd_adv", "MART"), ("abnn", "ABNN"), ("abnn", "PGD-AT"),
+           ("abnn", "undefended"))  # fmt: skip
+# Flags that all runs of the reduced or the GPU lists have: not part of a name. Other values of them are.
+COMMON = {"--arch preactresnet8", "--attack-steps 3", "--eps-warmup-epochs 3.0", "--train-size 7000", "--val-size 500",
+          "--test-size 500", "--test-size 200", "--epochs 12", "--epochs 15", "--epochs 18", "--epochs 24",
+          "--gate-epochs 2", "--teacher-epochs 10", "--clean-epochs 10", "--substitute svhn", "--substitute cifar10",
+          "--bf16", "--compile", "--test-size 1"}  # fmt: skip
+COLUMNS = "worst clean fgsm pgd20 pgd50_margin targeted transfer".split()
+COST = ("seconds none", "seconds at", "seconds abnn", "at_over_abnn")
+ATTACKERS = ("worst", "A ce", "A margin", "B ce", "B margin", "C ce", "C margin", "no gradient")
+ATTACKS = ("clean", "pgd", "roa", "roa_search", "af", "af_universal", "spa", "all")
+NOT_FRACTIONS = ("n50", "n90", "seconds", "at_over", "cka", "distance", "usefulness", "sample_weight")
+LAMBDA_0 = 6.4  # D/K of the embedded data: 64 features, ten classes
+MARKER = re.compile(r"<!-- (table|curve|threats|sweep|summary|value): ([^>]*?) -->(.*?)<!-- end -->", re.S)
+
+
+def name_of(script, setting):
+    flags = [flag for flag in re.split(r" (?=--)", setting) if flag not in COMMON]
+    return NAMES.get(script, {}).get(" ".join(flags) or "default", " ".join(flags) or "default")
+
+
+def read(source):
+    """{name: rows of its seeds} of a source such as "afa digits" or "afa cifar10 reduced", in the order of NAMES.
+
+    Data sets from files that are not the official ones are included, and their rows say so.
+    """
+    script, dataset, *reduced = source.split()
+    groups, path = defaultdict(list), ROOT / "results" / f"{script}.csv"
+    for row in csv.DictReader(path.read_text().splitlines()) if path.exists() else ():
+        if row["dataset"].removesuffix("-unofficial") == dataset and row["checkpoint"] in ("best", "cost"):
+            if bool(reduced) == ("--train-size" in row["setting"]):
+                groups[row["setting"], row["dataset"]].append(row)
+    names, order = [name_of(script, setting) for setting, _ in groups], [*NAMES.get(script, {}).values()]
+    result = {}
+    for name, ((setting, actual), rows) in sorted(
+            zip(names, groups.items()), key=lambda item: order.index(item[0]) if item[0] in order else len(order)):
+        # Two settings of one name are two rows: never a mean over both.
+        name = name if names.count(name) == 1 else f"{name} ({setting})"
+        result[name + (" (unofficial files)" if actual != dataset else "")] = rows
+    return result
+
+
+def cell(rows, column):
+    """Mean ± deviation of a column over the rows of a setting; an empty text where they have none."""
+    scale = 1 if column.startswith(NOT_FRACTIONS) or "usefulness" in column else 100
+    values = [scale * float(row[column]) for row in rows if row.get(column)]
+    digits = 2 if scale == 1 else 1
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{spread}" if values else ""
+
+
+def grid(head, lines):
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (head, ["-"] * len(head), *lines))
+
+
+def table(source):
+    groups = read(source)
+    shown = [c for c in (*COLUMNS, *COST) if any(row.get(c) for rows in groups.values() for row in rows)]
+    lines = []
+    for name, rows in groups.items():
+        flags = rows[0]["setting"] if rows[0]["setting"] not in ("default", name) else ""
+        lines.append([name, f"`{flags}`" if flags else "", len(rows), *(cell(rows, c) for c in shown)])
+    return grid(["", "flags", "seeds", *shown], lines)
+
+
+def curve(source):
+    groups, lines = read(source), []
+    every = [column for rows in groups.values() for column in rows[0] if "pgd20@" in column]
+    strengths = sorted({column.split("@")[1] for column in every}, key=float)
+    curves = dict.fromkeys(column.split("pgd20@")[0] for column in every)  # "" is that of the model itself
+    for name, rows in groups.items():
+        for which in curves:
+            cells = [cell(rows, f"{which}pgd20@{k}") for k in strengths]
+            if any(cells):
+                lines.append([f"{name}, {which}".rstrip(", "), *cells])
+    return grid(["eps/255", *strengths], lines)
+
+
+def threats(source):
+    source, name = source.split("; ")
+    rows = read(source)[name]
+    lines = [[row, *(cell(rows, f"{row} {attack}") for attack in ATTACKS)] for row in ATTACKERS]
+    return grid([name, *ATTACKS], [line for line in lines if any(line[1:])])
+
+
+def sweep(source):
+    found = {}
+    for rows in read(source).values():
+        weight, base = (re.search(rf"--{flag} (\S+)", rows[0]["setting"]) for flag in ("lambda-adv", "base"))
+        found[float(weight[1]), base[1].upper() if base else "AT"] = cell(rows, "val_robust")
+    bases = list(dict.fromkeys(base for _, base in found if base == "AT")) + sorted(
+        {base for _, base in found} - {"AT"}, reverse=True)
+    lines = [[f"{weight:g}", f"{weight / LAMBDA_0:g}", *(found.get((weight, base), "") for base in bases)]
+             for weight in sorted({weight for weight, _ in found})]
+    return grid(["lambda (both)", "in units of lambda_0", *bases], lines)
+
+
+def summary(dataset):
+    lines, shown = [], ("clean", "pgd20", "worst")
+    for script, name in SUMMARY:
+        rows = read(f"{script} {dataset}").get(name, [])
+        cells = [cell(rows, c) for c in shown] if rows else [MISSING, "", ""]
+        lines.append([f"[`{script}.py`](docs/{script}.md)", name, len(rows) or "", *cells])
+    return grid(["script", "", "seeds", *shown], lines)
+
+
+def value(source):
+    source, name, column = source.split("; ")
+    return cell(read(source).get(name, []), column) or MISSING
+
+
+def render(kind, source):
+    """What belongs between the marker and its end."""
+    if kind == "value":
+        return value(source)
+    try:
+        text = {"table": table, "curve": curve, "threats": threats, "sweep": sweep, "summary": summary}[kind](source)
+    except KeyError:  # no run of this name
+        text = ""
+    return f"\n{text}\n" if text.count("\n") > 1 else f"\n*{MISSING}*\n"
+
+
+def rewrite(text):
+    def fill(match):
+        kind, source, _ = match.groups()
+        return f"<!-- {kind}: {source} -->{render(kind, source)}<!-- end -->"
+
+    return MARKER.sub(fill, text)
+
+
+def documents():
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    check, stale = parser.parse_args().check, []
+    for path in documents():
+        before = path.read_text()
+        if (after := rewrite(before)) != before:
+            stale.append(path.relative_to(ROOT))
+            if not check:
+                path.write_text(after)
+    for path in stale:
+        print(f"{path} {'disagrees with the csv files in results/' if check else 'rewritten'}")
+    raise SystemExit(1 if check and stale else 0)

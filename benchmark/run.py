@@ -1,0 +1,99 @@
+"""Run the commands on stdin, one a line, that have no row in a csv yet; add the rows of each run when it is finished.
+
+    echo python afa.py --seed 1 | python benchmark/run.py results/afa.csv
+    bash benchmark/afa.sh digits --dry-run          # prints what is left to run
+
+A list that was killed is started again and goes on where it was. What is done is told by script, data set, setting and
+seed, as benchmark/collect.py does; files that are not the official ones of a data set (`svhn-unofficial`) count for it.
+A finished folder in the commands' --runs-dir is collected and not run again: to repeat a run, delete its rows and its
+folder. `--control-of RUN` means the run of the same command without it, which is run first if its folder is gone.
+"""
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import tyro  # noqa: E402
+
+from benchmark.collect import collect, read, setting  # noqa: E402
+from common.data import UserError  # noqa: E402
+
+
+@dataclass
+class Args:
+    out: tyro.conf.Positional[Path]  # csv of the results
+    dry_run: bool = False  # print the commands that would run, and run none
+    also: str = ""  # flags for all commands, as in --also="--data-dir /data --device cuda:1"
+    validation: bool = False  # accuracies on validation images, as in benchmark/collect.py
+
+
+def identity(script, dataset, name, seed):
+    return script, dataset.removesuffix("-unofficial"), name, str(seed)
+
+
+def parse(words):
+    """(identity, folder of its runs) of the command `words`: python, script, flags. Ends the program if it is bad."""
+    script = Path(words[1]).stem
+    args = tyro.cli(import_module(script).Args, args=words[2:], prog=words[1])
+    filled = [k for k, v in asdict(args).items() if v is None]  # the script will do it
+    info = {"args": json.loads(json.dumps(asdict(args))), "preset": filled}
+    return identity(script, args.dataset, setting(script, info), args.seed), Path(args.runs_dir)
+
+
+def finished(wanted, runs_dir):
+    """The latest finished run of this identity, or None."""
+    found = []
+    for path in runs_dir.glob(f"*__{wanted[0]}__{wanted[3]}__*/results.json"):
+        info = json.loads((path.parent / "args.json").read_text())
+        if identity(wanted[0], info["args"]["dataset"], setting(wanted[0], info), info["seed"]) == wanted:
+            found.append(path)
+    return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
+
+
+def run(words, args, folders):
+    """Run a command unless its run is finished; its rows go into the csv, its folder into `folders`, by identity."""
+    wanted, runs_dir = parse(words)
+    if wanted in folders:
+        return
+    folder = finished(wanted, runs_dir)
+    if not folder and "--control-of RUN" in (line := shlex.join(words)):
+        first = shlex.split(line.replace(" --control-of RUN", ""))
+        run(first, args, folders)
+        words = [str(folders[parse(first)[0]]) if word == "RUN" else word for word in words]
+    if args.dry_run:
+        print(f"# finished: {folder}" if folder else shlex.join(words))
+    elif not folder:
+        print(f"\n$ {shlex.join(words)}", flush=True)
+        command = [sys.executable, ROOT / words[1], *words[2:]]
+        status = subprocess.run(command, stdin=subprocess.DEVNULL).returncode  # stdin is the list
+        if status:
+            print(f"the list ends here: status {status} from {shlex.join(words)}", file=sys.stderr)
+            raise SystemExit(status)
+        if not (folder := finished(wanted, runs_dir)):
+            raise UserError(f"{shlex.join(words)} left no finished run in {runs_dir}")
+    if not args.dry_run:
+        collect(args.out, [folder], args.validation)
+    folders[wanted] = folder or "RUN"
+
+
+def main(args, lines):
+    commands = [shlex.split(line) + shlex.split(args.also) for line in lines]
+    done = {identity(*k[:4]) for k in read(args.out)}
+    left, folders = [words for words in commands if parse(words)[0] not in done], {}
+    print(f"{len(left)} of {len(commands)} runs are missing in {args.out}", file=sys.stderr)
+    for words in left:
+        run(words, args, folders)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    signal.signal(signal.SIGINT, lambda *_: None)  # the script at work says how to go on; its status ends the list
+    main(args, sys.stdin.read().splitlines())

@@ -1,0 +1,148 @@
+"""Documents against the csv files: no number in a table is typed in, and none of them is old."""
+
+import ast
+import csv
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from benchmark import report
+
+SCRIPTS = ("afa", "aalp", "vfd_adv", "abnn")
+DOCUMENTS = report.documents()
+
+
+@pytest.fixture
+def made_up(tmp_path, monkeypatch):
+    """A repository of its own: write(name, rows) makes a csv."""
+    (tmp_path / "results").mkdir()
+    (tmp_path / "docs").mkdir()
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+
+    def write(name, rows):
+        rows = [dict(script=name, checkpoint="best", dataset="digits", seed=i) | row for i, row in enumerate(rows)]
+        with open(tmp_path / "results" / f"{name}.csv", "w", newline="") as f:
+            writer = csv.DictWriter(f, list(dict.fromkeys(k for row in rows for k in row)))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    return write
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_documents_agree_with_the_csv_files(path):
+    text = path.read_text()
+    assert report.rewrite(text) == text, f"{path.name} disagrees with results/: run python benchmark/report.py"
+    markers = re.findall(r"<!-- (?:end|(?:table|curve|threats|sweep|summary|value): .*?) -->", text)
+    assert [m == "<!-- end -->" for m in markers] == [False, True] * (len(markers) // 2), "a marker without its end"
+
+
+def test_every_setting_of_a_csv_is_in_a_table():
+    shown = " ".join(path.read_text() for path in DOCUMENTS)
+    for path in (ROOT / "results").glob("*.csv"):
+        with open(path, newline="") as f:
+            for dataset in {(row["dataset"], "--train-size" in row["setting"]) for row in csv.DictReader(f)}:
+                source = f"{path.stem} {dataset[0].removesuffix('-unofficial')}{' reduced' * dataset[1]}"
+                assert re.search(rf"<!-- (table|sweep): {source} -->", shown), f"no document has a table of {source}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_results_in_a_script_s_docstring_are_in_its_tables(script):
+    """Of digits.digit, so that 8/255 and the number of an arXiv paper are none."""
+    text = (ROOT / "docs" / f"{script}.md").read_text()
+    tables = " ".join(match[3] for match in report.MARKER.finditer(text))
+    docstring = ast.get_docstring(ast.parse((ROOT / f"{script}.py").read_text()))
+    for number in re.findall(r"(?<![\d.])\d{1,3}\.\d(?!\d)", docstring):
+        assert re.search(rf"\| {re.escape(number)} ", tables), f"{script}.py says {number}, docs/{script}.md does not"
+
+
+def test_lines_of_code_in_the_guide_are_in_the_scripts():
+    blocks = re.findall(r"^```diff (\S+)(?: (\S+))?\n(.*?)^```", (ROOT / "docs" / "index.md").read_text(), re.M | re.S)
+    assert len(blocks) == len(SCRIPTS)
+    for old, new, lines in blocks:
+        old, new = ((ROOT / name).read_text().splitlines() for name in (old, new or old))
+        for line in lines.splitlines():
+            assert line[0] in "+-" and line[1:] in (new if line[0] == "+" else old), line
+
+
+def test_check_finds_a_number_that_was_changed_by_hand(tmp_path):
+    for name in ("benchmark", "docs", "results"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "benchmark" / "report.py").write_bytes((ROOT / "benchmark" / "report.py").read_bytes())
+    (tmp_path / "results" / "afa.csv").write_bytes((ROOT / "results" / "afa.csv").read_bytes())
+    (tmp_path / "README.md").write_text("none here\n")
+    page, program = tmp_path / "docs" / "afa.md", [sys.executable, tmp_path / "benchmark" / "report.py"]
+    page.write_text("before\n<!-- table: afa digits --><!-- end -->\nafter\n")
+    assert subprocess.run([*program, "--check"]).returncode == 1 and "AFA" not in page.read_text()
+    assert subprocess.run(program).returncode == 0
+    right = page.read_text()
+    assert right.startswith("before\n<!-- table") and right.endswith("<!-- end -->\nafter\n") and "| AFA |" in right
+    assert subprocess.run([*program, "--check"]).returncode == 0
+    page.write_text(re.sub(r"(\d)\.(\d)", r"\1.9", right, count=1) + "more\n")
+    assert subprocess.run([*program, "--check"]).returncode == 1
+    subprocess.run(program)
+    assert page.read_text() == right + "more\n"
+
+
+def test_means_over_seeds_names_and_gaps(made_up):
+    made_up("afa", [dict(setting="default", worst=0.1, clean=0.9), dict(setting="default", worst=0.3, clean=0.9),
+                    dict(setting="--lr 0.2", worst=0.5, clean=""), dict(setting="default", worst=1, checkpoint="last"),
+                    dict(setting="--train-size 7", worst=0.7), dict(setting="default", dataset="svhn-unofficial")])
+    assert report.table("afa digits").splitlines()[2:] == [
+        "| AFA |  | 2 | 20.0 ± 14.1 | 90.0 ± 0.0 |", "| --lr 0.2 |  | 1 | 50.0 |  |"]
+    assert report.table("afa digits reduced").splitlines()[2:] == ["| --train-size 7 |  | 1 | 70.0 |"]
+    assert "| AFA (unofficial files) |" in report.table("afa svhn")
+    assert report.render("table", "afa cifar10") == report.render("table", "abnn digits") == "\n*not yet measured*\n"
+    assert report.rewrite("a <!-- value: afa digits; AFA; worst --><!-- end --> b <!-- value: abnn digits; ABNN; worst "
+                          "-->old<!-- end -->") == (
+        "a <!-- value: afa digits; AFA; worst -->20.0 ± 14.1<!-- end --> b "
+        "<!-- value: abnn digits; ABNN; worst -->not yet measured<!-- end -->")
+
+
+def test_two_settings_of_one_name_are_never_averaged(made_up):
+    made_up("afa", [dict(setting=f"--train-size 7000 --epochs {n}", worst=w) for n, w in ((12, 0.1), (15, 0.3))])
+    rows = report.table("afa digits reduced").splitlines()[2:]
+    assert [row.split(" | ")[2:] for row in rows] == [["1", "10.0 |"], ["1", "30.0 |"]]
+
+
+def test_curves_and_sweep(made_up):
+    made_up("afa", [{"setting": "default", "pgd20@0": 0.9, "pgd20@16": 0.1, "w=0 pgd20@0": 1.0, "w=0 pgd20@16": 0.0}])
+    assert report.curve("afa digits").splitlines() == [
+        "| eps/255 | 0 | 16 |", "| - | - | - |", "| AFA | 90.0 | 10.0 |", "| AFA, w=0 | 100.0 | 0.0 |"]
+    made_up("vfd_adv_sweep", [dict(setting=f"{base}--lambda-adv {w} --lambda-nat {w}", val_robust=v)
+                              for base, w, v in (("", 0.0, 0.8), ("", 0.64, 0.7), ("--base mart ", 0.64, 0.6))])
+    rows = report.sweep("vfd_adv_sweep digits").splitlines()[2:]
+    assert rows == ["| 0 | 0 | 80.0 |  |", "| 0.64 | 0.1 | 70.0 | 60.0 |"]
+
+
+def test_table_of_attackers_from_results_json(tmp_path, made_up):
+    import abnn
+    from benchmark.collect import collect
+
+    args = dict(vars(abnn.Args()), **abnn.PRESETS["digits"]["fast"])
+    threats = {"worst": {"clean": 0.9, "pgd": 0.1, "all": 0.05}, "A ce": {"pgd": 0.8, "roa": 0.7},
+               "C margin": {"pgd": 0.1, "spa": 0.4}, "no gradient": {"pgd": 0.9}}
+    for seed in (1, 2):
+        run = tmp_path / f"run{seed}"
+        run.mkdir()
+        (run / "args.json").write_text(json.dumps(dict(command="python abnn.py", args=args | {"seed": seed})))
+        own = json.loads(json.dumps(threats))
+        own["A ce"]["roa"] += 0.1 * (seed - 1)
+        (run / "results.json").write_text(json.dumps(dict(
+            script="abnn", dataset="digits", seed=seed, eps=8 / 255, evaluated=20, train_seconds=1.0,
+            images_per_second=2.0, device="cpu", python="3", torch="2", commit="c", robustness_curve={"0": 0.9},
+            command="python abnn.py", checkpoints={k: dict(epoch=1, worst=0.1, clean=0.9) for k in ("best", "last")},
+            method={"threats": own, "curves": {"model": {"8": 0.1}}})))
+    rows = collect(tmp_path / "results" / "abnn.csv", [tmp_path / "run1", tmp_path / "run2"])
+    assert [row["checkpoint"] for row in rows if "A ce roa" in row] == ["best", "best"]
+    assert report.render("threats", "abnn digits; ABNN").strip().splitlines() == [
+        "| ABNN | clean | pgd | roa | roa_search | af | af_universal | spa | all |", "| " + " | ".join("-" * 9) + " |",
+        "| worst | 90.0 ± 0.0 | 10.0 ± 0.0 |  |  |  |  |  | 5.0 ± 0.0 |",
+        "| A ce |  | 80.0 ± 0.0 | 75.0 ± 7.1 |  |  |  |  |  |",
+        "| C margin |  | 10.0 ± 0.0 |  |  |  |  | 40.0 ± 0.0 |  |",
+        "| no gradient |  | 90.0 ± 0.0 |  |  |  |  |  |  |"]
+    assert report.value("abnn digits; ABNN; worst all") == "5.0 ± 0.0"

@@ -186,8 +186,8 @@ def load(name, data_dir="data", device="cpu", train_size=None, val_size=1000, te
         return Split(x.to(device), torch.from_numpy(labels)[index].to(device))
 
     if not official:
-        print(f"warning: the files in {data_dir} have the layout of {name} but are not the official ones "
-              f"({len(y)} for training and {len(y_test)} for testing): results are named {name}-unofficial")  # fmt: skip
+        print(f"warning: the files in {data_dir} have the layout of {name} but are not the official ones ({len(y)} for "
+              f"training, {len(y_test)} for testing): results are named {name}-unofficial")  # fmt: skip
     return Data(name if official else f"{name}-unofficial", classes, split(x, y, train), split(x, y, val),
                 split(x_test, y_test, order_test[:test_size]), AUGMENT.get(name, dict(pad=4, flip=True)))  # fmt: skip
 

@@ -369,7 +369,7 @@ if __name__ == "__main__":
         print("\ninterrupted; " + (after if resumable else "there is nothing to continue: start it again"))
         raise SystemExit(130)
 
-    run_dir = (Path(run) if Path(run).is_dir() else Path(run).parent) if run else None
+    run_dir = data.run_folder(run) if run else None
     signal.signal(signal.SIGINT, interrupted)
 
     # Data, network, optimiser.

@@ -221,7 +221,8 @@ def main(args, folder):
             length = durations["start-up"][0] if phase == "start-up" else max(durations[phase])
             target = phase, rng.randint(1, min(len(durations[phase]), 4)), rng.uniform(0, length)
         again = ["--resume", str(run), "--data-dir", str(data_dir)]
-        _, phase = live(args.script, again if resumable else [*fresh, str(runs)], target)
+        seconds, phase = live(args.script, again if resumable else [*fresh, str(runs)], target)
+        durations |= seconds  # a machine with other work on it changes its pace
         faults += (bad := unreadable(folder))
         if phase:
             killed[phase] += 1

@@ -137,6 +137,14 @@ def new_folder(parent, name):
         raise UserError(f"--runs-dir {parent} cannot be used: {error}") from None
 
 
+def run_folder(run):
+    """The folder of a run that is named by it or by a .pt file in it. Raises UserError when it is read-only."""
+    path = Path(run) if Path(run).is_dir() else Path(run).parent
+    if not os.access(path, os.W_OK):
+        raise UserError(f"{path} cannot be written to: copy it to where that is possible, and name the copy")
+    return path
+
+
 def device(name):
     """The torch.device of auto, cpu, cuda or cuda:N. Raises UserError when it cannot be used."""
     try:

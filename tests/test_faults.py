@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from running import execute
+from running import execute, in_process
 from test_data import LocalFile, md5, no_network, read_only_mount, write_cifar10, write_svhn
 from test_video import layout
 from torchvision.datasets import CIFAR10, SVHN
@@ -95,6 +95,16 @@ def test_the_kill_tool_sees_damage_and_differences(tmp_path):
 def test_two_runs_that_find_the_same_name_free_get_a_folder_each(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "exists", lambda path: False)  # as both see it who ask at the same time
     assert [data.new_folder(tmp_path / "runs", "a").name for _ in range(3)] == ["a", "a+", "a++"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_read_only_run_is_refused_before_it_is_evaluated_or_continued(script, tmp_path, monkeypatch, capsys):
+    write_checkpoint(tmp_path / "last.pt", script)
+    monkeypatch.setattr(data, "load", lambda *args, **options: pytest.fail("it went on to the data"))
+    monkeypatch.setattr(data.os, "access", lambda path, mode: False)
+    for flag in ("--eval-only", "--resume"):
+        status, error = in_process(f"{flag} {tmp_path / 'last.pt'}", capsys, tmp_path, f"{script}.py")
+        assert status == 2 and error.startswith(f"error: {tmp_path} cannot be written to") and "\n" not in error
 
 
 # --- Ctrl-C
@@ -241,7 +251,7 @@ def test_a_changed_byte_in_the_kept_clips_is_decoded_again(clips, tmp_path):
 def test_a_full_disk_while_clips_are_kept_is_one_line(clips, tmp_path, monkeypatch):
     class Full:
         def __init__(self, *args):
-            self.file, self.left = open(*args), 300_000
+            self.file, self.left = open(*args), 200_000
 
         def __getattr__(self, name):
             return getattr(self.file, name)
@@ -261,7 +271,6 @@ def test_a_full_disk_while_clips_are_kept_is_one_line(clips, tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(data, "open", lambda path, mode: Full(path, mode) if "w" in mode else open(path, mode),
                       raising=False)
-        patch.setattr(data.np.lib.format, "open_memmap", None)  # through a map, a full disk would be a bus error
         for _ in range(2):  # the training clips do not fit, and nothing of them is left in the way
             with pytest.raises(data.UserError, match="cannot be kept in .*No space left") as error:
                 clips()

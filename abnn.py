@@ -706,7 +706,7 @@ def load(run, device="cpu", name="best.pt"):
         raise data.UserError(f"there is no checkpoint {path}: name a run's folder or a .pt file (best.pt comes with "
                              "the last stage, last.pt is there from the start)")
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = data.read(path, device)
         if state["script"] != SCRIPT:
             raise ValueError(f"it is of {state['script']}.py")
         args = Args(**state["args"])
@@ -743,11 +743,12 @@ if __name__ == "__main__":
     preset = {k: v for k, v in asdict(args).items() if v != getattr(given, k)}
 
     def interrupted(*_):
+        resumable = run_dir and (run_dir / "last.pt").exists() and not args.eval_only
         after = f"to continue after the last finished epoch: python {SCRIPT}.py --resume {run_dir}"
-        print("\ninterrupted; " + (after if run_dir else "there is nothing to continue yet: start it again"))
+        print("\ninterrupted; " + (after if resumable else "there is nothing to continue: start it again"))
         raise SystemExit(130)
 
-    run_dir = (Path(run) if Path(run).is_dir() else Path(run).parent) if run else None
+    run_dir = data.run_folder(run) if run else None
     signal.signal(signal.SIGINT, interrupted)
 
     # Data, network, optimizer.

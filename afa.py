@@ -342,7 +342,7 @@ def load(run, device="cpu", name="best.pt"):
         raise data.UserError(f"there is no checkpoint {path}: name a run's folder or a .pt file (best.pt comes with "
                              "the last stage, last.pt is there from the start)")
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = data.read(path, device)
         if state["script"] != SCRIPT:
             raise ValueError(f"it is of {state['script']}.py")
         args = Args(**state["args"])
@@ -372,6 +372,15 @@ if __name__ == "__main__":
     learned = args.bn == "dual" and args.fusion == "learned"
     data.check(args, gate_epochs=(int(learned), math.inf), gate_lr=(1e-9, math.inf), harden=(0, 1))
 
+    def interrupted(*_):
+        resumable = run_dir and (run_dir / "last.pt").exists() and not args.eval_only
+        after = f"to continue after the last finished epoch: python {SCRIPT}.py --resume {run_dir}"
+        print("\ninterrupted; " + (after if resumable else "there is nothing to continue: start it again"))
+        raise SystemExit(130)
+
+    run_dir = data.run_folder(run) if run else None
+    signal.signal(signal.SIGINT, interrupted)
+
     # Data, network, optimisers.
     device = data.device(args.device)
     d = data.load(args.dataset, args.data_dir, device, args.train_size, args.val_size, args.test_size)
@@ -397,7 +406,6 @@ if __name__ == "__main__":
     # The run's folder.
     progress = dict(epoch=0, best=-1.0, train_seconds=0.0)
     if run:
-        run_dir = Path(run) if Path(run).is_dir() else Path(run).parent
         progress = {k: state[k] for k in progress}
         for k, optimizer in optimizers.items():
             optimizer.load_state_dict(state["optimizers"][k])
@@ -408,11 +416,6 @@ if __name__ == "__main__":
         data.save(run_dir / name, dict(script=SCRIPT, args=asdict(args), classes=len(d.classes), net=net.state_dict(),
                                        optimizers={k: o.state_dict() for k, o in optimizers.items()}, **progress))
 
-    def interrupted(*_):
-        print(f"\ninterrupted; to continue after the last finished epoch: python {SCRIPT}.py --resume {run_dir}")
-        raise SystemExit(130)
-
-    signal.signal(signal.SIGINT, interrupted)
     info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, **data.environment(device))
     writer = None if args.eval_only else SummaryWriter(run_dir, purge_step=progress["epoch"] * steps + 1)
     if not run:

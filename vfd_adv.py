@@ -266,7 +266,7 @@ def load_teacher(path, args, classes, device):
     """(T, state): a teacher, or a run of any script with a plain PreActResNet, frozen and in eval mode."""
     path = Path(path, "best.pt") if Path(path).is_dir() else Path(path)
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = data.read(path, device)
         own = {k: state["args"][k] for k in ("dataset", "arch", "width")}
         if (own["dataset"], state["classes"]) != (args.dataset, classes):
             raise ValueError(f"it is of {own['dataset']} with {state['classes']} classes")
@@ -372,7 +372,7 @@ def load(run, device="cpu", name="best.pt"):
         raise data.UserError(f"there is no checkpoint {path}: name a run's folder or a .pt file (best.pt comes with "
                              "the last stage, last.pt is there from the start)")
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = data.read(path, device)
         if state["script"] != SCRIPT:
             raise ValueError(f"it is of {state['script']}.py")
         args = Args(**state["args"])
@@ -407,11 +407,12 @@ if __name__ == "__main__":
         raise data.UserError(f"--clean-pass is for --base at: {args.base} has a clean pass of its own")
 
     def interrupted(*_):
+        resumable = run_dir and (run_dir / "last.pt").exists() and not args.eval_only
         after = f"to continue after the last finished epoch: python {SCRIPT}.py --resume {run_dir}"
-        print("\ninterrupted; " + (after if run_dir else "there is nothing to continue yet: start it again"))
+        print("\ninterrupted; " + (after if resumable else "there is nothing to continue: start it again"))
         raise SystemExit(130)
 
-    run_dir = (Path(run) if Path(run).is_dir() else Path(run).parent) if run else None
+    run_dir = data.run_folder(run) if run else None
     signal.signal(signal.SIGINT, interrupted)
 
     # Data, teacher, network, optimiser.

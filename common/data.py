@@ -18,6 +18,9 @@ import platform
 import shlex
 import subprocess
 import sys
+import tempfile
+import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -95,6 +98,14 @@ def save(path, content):
         raise UserError(error) from None
 
 
+def read(path, device):
+    """What `save` wrote as .pt. Raises ValueError when a byte has changed: torch itself ignores the checksums."""
+    with zipfile.ZipFile(path) as file:
+        if damaged := file.testzip():
+            raise ValueError(f"{damaged} in it is damaged")
+    return torch.load(path, map_location=device, weights_only=True)
+
+
 def check(args, **own):
     """Refuse arguments outside their range: those of every script, and a script's `own`, as name=(lowest, highest).
 
@@ -115,12 +126,22 @@ def check(args, **own):
 def new_folder(parent, name):
     """Make and return parent/name, with a plus sign behind it when another run of the same second has that name."""
     path = Path(parent, name)
-    while path.exists():
-        path = path.with_name(path.name + "+")
     try:
-        path.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            with suppress(FileExistsError):  # asking whether it exists would let two runs find the same name free
+                path.mkdir()
+                return path
+            path = path.with_name(path.name + "+")
     except OSError as error:
         raise UserError(f"--runs-dir {parent} cannot be used: {error}") from None
+
+
+def run_folder(run):
+    """The folder of a run that is named by it or by a .pt file in it. Raises UserError when it is read-only."""
+    path = Path(run) if Path(run).is_dir() else Path(run).parent
+    if not os.access(path, os.W_OK):
+        raise UserError(f"{path} cannot be written to: copy it to where that is possible, and name the copy")
     return path
 
 
@@ -308,14 +329,34 @@ def _md5(path):
         return hashlib.file_digest(f, "md5").hexdigest()
 
 
+def _official(files):
+    """Are `files` {path: md5} the published ones? Names those that are not: a changed byte shows nowhere else."""
+    others = [path.name for path, md5 in files.items() if not path.exists() or _md5(path) != md5]
+    if others:
+        print(f"warning: by their md5 these are not the published files: {', '.join(others)}")
+    return not others
+
+
 def _damaged(path, error, remove=None):
     return UserError(f"{path} cannot be read ({type(error).__name__}: {error}): it is truncated or corrupt; "
                      f"put an intact copy in its place, or delete {remove or 'it'} to download it again")  # fmt: skip
 
 
-def _download(what, data_dir, fetch):
+def _download(what, data_dir, name, archive, fetch):
+    """Let fetch(folder) make `name` in a folder of its own, then rename it into data_dir: what is there is complete,
+    whether a run is killed or several download at a time. An archive that lies there already is used.
+    """
     try:
-        fetch()
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="download-", dir=data_dir) as folder:
+            if (data_dir / archive).exists():
+                Path(folder, archive).symlink_to((data_dir / archive).resolve())
+            fetch(Path(folder))
+            try:
+                os.replace(Path(folder, name), data_dir / name)
+            except OSError:
+                if not (data_dir / name).is_dir():  # unless another run was first
+                    raise
     except Exception as error:  # network, disk and checksum errors have no common base class here
         raise UserError(f"{what} is not in {data_dir} and its download failed ({type(error).__name__}: {error}); "
                         "put the files there yourself or name their folder with --data-dir") from None  # fmt: skip
@@ -324,7 +365,8 @@ def _download(what, data_dir, fetch):
 def _read_cifar(data_dir, dataset, label_key, names_key):
     folder = data_dir / dataset.base_folder
     if not folder.is_dir():
-        _download(dataset.__name__, data_dir, lambda: dataset(data_dir, download=True))
+        _download(dataset.__name__, data_dir, dataset.base_folder, dataset.filename,
+                  lambda folder: dataset(folder, download=True))
     wanted = {**dict(dataset.train_list), **dict(dataset.test_list), dataset.meta["filename"]: dataset.meta["md5"]}
 
     def read(name):
@@ -349,7 +391,6 @@ def _read_cifar(data_dir, dataset, label_key, names_key):
                 raise _damaged(folder / name, error, folder) from None
         return np.concatenate(x), np.concatenate(y)
 
-    official = all((folder / name).exists() and _md5(folder / name) == md5 for name, md5 in wanted.items())
     meta = folder / dataset.meta["filename"]
     classes = map(str, range(100 if "fine" in label_key else 10))
     if meta.exists():
@@ -357,7 +398,8 @@ def _read_cifar(data_dir, dataset, label_key, names_key):
         if not isinstance(entry, dict) or names_key not in entry:
             raise _damaged(meta, KeyError(names_key), folder)
         classes = entry[names_key]
-    return images(dataset.train_list), images(dataset.test_list), list(classes), official
+    train, test = images(dataset.train_list), images(dataset.test_list)
+    return train, test, list(classes), _official({folder / name: md5 for name, md5 in wanted.items()})
 
 
 def read_cifar10(data_dir):
@@ -376,12 +418,13 @@ def read_svhn(data_dir):
     import scipy.io
     from torchvision.datasets import SVHN
 
-    parts, official = [], True
+    parts, files = [], {}
     for split in ("train", "test"):
         _, filename, md5 = SVHN.split_list[split]
         path = data_dir / filename
         if not path.exists():
-            _download(f"SVHN ({filename})", data_dir, lambda split=split: SVHN(data_dir, split=split, download=True))
+            _download(f"SVHN ({filename})", data_dir, filename, filename,
+                      lambda folder, split=split: SVHN(folder, split=split, download=True))
         try:
             mat = scipy.io.loadmat(path)
             x = np.ascontiguousarray(mat["X"].transpose(3, 0, 1, 2))
@@ -391,9 +434,9 @@ def read_svhn(data_dir):
                 raise ValueError(f"X holds {x.dtype} of shape {mat['X'].shape}")
         except Exception as error:
             raise _damaged(path, error) from None
-        official &= _md5(path) == md5
+        files[path] = md5
         parts.append((x, y))
-    return *parts, [str(d) for d in range(10)], official
+    return *parts, [str(d) for d in range(10)], _official(files)
 
 
 TINY_IMAGENET = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
@@ -406,7 +449,8 @@ def read_tiny_imagenet(data_dir):
     root = data_dir / "tiny-imagenet-200"
     if not root.is_dir():
         url, md5 = TINY_IMAGENET
-        _download("Tiny-ImageNet", data_dir, lambda: download_and_extract_archive(url, data_dir, md5=md5))
+        _download("Tiny-ImageNet", data_dir, root.name, url.split("/")[-1],
+                  lambda folder: download_and_extract_archive(url, folder, md5=md5))
     for part in ("train", "val"):
         if not (root / part).is_dir():
             raise UserError(f"{root} has no folder {part}: delete it to download the data again, or see --data-dir")
@@ -663,16 +707,19 @@ def read_ucf101(data_dir, frames=16, split=1):
 def _decode_clips(files, cache, frames, height, width):
     """One clip of each of the `files`, decoded once; later starts map the cache, complete when its .json is there.
 
-    Scaled by the shorter side, then cut out of the middle. The clips stay on the disk until they are asked for.
+    Scaled by the shorter side, then cut out of the middle. The clips stay on the disk until they are asked for. The
+    .json has a checksum of each, which every start verifies.
     """
     known = [[Path(path).name, Path(path).stat().st_size, label] for path, label in files]
     shape = (len(files), frames, height, width, 3)
     clips, index = cache.with_suffix(".npy"), cache.with_suffix(".json")
     with suppress(Exception):  # absent, unreadable or of other files: decode again
-        if json.loads(index.read_text()) == known:
+        stored = json.loads(index.read_text())
+        if stored["files"] == known:
             x = np.load(clips, mmap_mode="c")
-            if x.shape == shape:
-                return x, np.array([label for _, label in files], np.int64)
+            with ThreadPoolExecutor() as pool:
+                if x.shape == shape and list(pool.map(zlib.crc32, x)) == stored["crc32"]:
+                    return x, np.array([label for _, label in files], np.int64)
     try:
         from torchcodec.decoders import VideoDecoder
     except Exception as error:  # without FFmpeg's libraries the import fails with a RuntimeError
@@ -700,21 +747,28 @@ def _decode_clips(files, cache, frames, height, width):
     unfinished = clips.with_suffix(f".{os.getpid()}.tmp")
     try:
         clips.parent.mkdir(parents=True, exist_ok=True)
-        x = np.lib.format.open_memmap(unfinished, "w+", np.uint8, shape)
-        with ThreadPoolExecutor() as pool:
-            for i, clip in enumerate(pool.map(one, files)):
+        # Written, not mapped: to a mapped file a full disk is a bus error, which ends the program without a word.
+        with open(unfinished, "wb") as file, ThreadPoolExecutor() as pool:
+            np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
+            checksums = []
+            for (path, _), clip in zip(files, pool.map(one, files)):
                 if isinstance(clip, Exception):
                     reason = (str(clip).strip() or type(clip).__name__).splitlines()[0]
-                    raise UserError(f"{files[i][0]} cannot be decoded ({reason}): put an intact copy in its place")
-                x[i] = clip
-        x.flush()
+                    raise UserError(f"{path} cannot be decoded ({reason}): put an intact copy in its place")
+                clip = np.ascontiguousarray(clip)
+                file.write(clip)
+                checksums.append(zlib.crc32(clip))
+            file.flush()
+            os.fsync(file.fileno())
         index.unlink(missing_ok=True)  # the old index must not vouch for the new clips
         os.replace(unfinished, clips)
-        _write(index, known)
+        _write(index, dict(files=known, crc32=checksums))
     except OSError as error:
-        raise UserError(f"the decoded clips cannot be kept in {clips.parent}: {error}") from None
+        raise UserError(f"the decoded clips cannot be kept in {clips.parent} ({error}): make room there, or name with "
+                        "--data-dir a folder that has it, with links to UCF-101 and ucfTrainTestlist") from None
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # as in _write
+            unfinished.unlink(missing_ok=True)
     return np.load(clips, mmap_mode="c"), np.array([label for _, label in files], np.int64)
 
 

@@ -129,7 +129,8 @@ def test_killed_in_the_middle_of_an_epoch_it_resumes_to_the_same_bits(tiny, runs
         known = set(runs.glob("*"))
         process = start(TINY, runs)
         run = wait_for(runs, known, lambda r, e=epoch: epochs_done(r) >= e, process)
-        time.sleep(0.05 * epoch)
+        shown = EventAccumulator(str(run)).Reload().Scalars("val/clean_acc")  # TensorBoard follows a live run
+        assert process.poll() is None and len(shown) >= epoch
         process.send_signal(signal.SIGKILL)
         process.wait()
         # As a program: TensorBoard orders its files by the second of their start, and this process would take none.

@@ -559,5 +559,5 @@ def test_ctrl_c_while_the_teacher_is_trained_leaves_nothing_behind(tmp_path, mon
     finally:
         signal.signal(signal.SIGINT, handler)
     output = capsys.readouterr().out
-    assert end.value.code == 130 and "teacher, epoch 1/2" in output and "there is nothing to continue yet" in output
+    assert end.value.code == 130 and "teacher, epoch 1/2" in output and "there is nothing to continue" in output
     assert [p.name for p in tmp_path.iterdir()] == ["teachers"] and not list((tmp_path / "teachers").iterdir())

@@ -42,7 +42,7 @@ def start():
 def _hook(kind, error, trace):
     """A connection that breaks is another process's end, whose own message should be read, and ends this one too."""
     if isinstance(error, dist.DistError) or "gloo" in str(error):
-        time.sleep(10)
+        time.sleep(5)
     sys.__excepthook__(kind, error, trace)
 
 

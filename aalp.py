@@ -29,7 +29,7 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import data
+from common import data, distributed
 from common.pgd import attack_metrics, pgd, survivors
 
 SCRIPT = Path(__file__).stem
@@ -52,6 +52,7 @@ class Args:
     train_size: int | None = None  # training images, the first so many of a fixed permutation (None: all)
     val_size: int = 1000  # validation images, held out of the training split
     test_size: int | None = None  # test images (None: all)
+    data_on: Literal["auto", "device", "host"] = "auto"  # where training data are; auto: host if over 60 % of a GPU
     # --- Optimisation
     arch: Literal["preactresnet18", "wrn-34-10", "preactresnet8"] | None = None  # network
     width: int | None = None  # channels of the first stage (None: 64, 160 and 16, in the order above)
@@ -343,6 +344,7 @@ def load(run, device="cpu", name="best.pt"):
 
 if __name__ == "__main__":
     # Arguments. A run that is continued or evaluated brings its own.
+    distributed.start()  # with torchrun: one process for each GPU
     args = tyro.cli(Args, description=__doc__)
     run = args.resume or args.eval_only
     if args.resume and args.eval_only:
@@ -350,10 +352,11 @@ if __name__ == "__main__":
     if run:
         net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
         args = tyro.cli(Args, description=__doc__, default=own)
-        free = ["resume", "eval_only", "device", "data_dir", "runs_dir", "compile"]
+        free = ["resume", "eval_only", "device", "data_dir", "data_on", "runs_dir", "compile"]
         free += ["eps", "norm", "test_size"] if args.eval_only else []
         if changed := [k for k, v in asdict(own).items() if k not in free and getattr(args, k) != v]:
             raise data.UserError(f"{run} had another value of {', '.join(changed)}: leave it out")
+        data.same_processes(args.resume, state)
     if args.control_of and not run:
         if args.pairing_weight is not None or args.method == "at":
             raise data.UserError("--control-of is ALP and sets --pairing-weight: leave out that, and --method at")
@@ -365,7 +368,7 @@ if __name__ == "__main__":
 
     def interrupted(*_):
         resumable = run_dir and (run_dir / "last.pt").exists() and not args.eval_only
-        after = f"to continue after the last finished epoch: python {SCRIPT}.py --resume {run_dir}"
+        after = f"to continue after the last finished epoch: {distributed.launcher()} {SCRIPT}.py --resume {run_dir}"
         print("\ninterrupted; " + (after if resumable else "there is nothing to continue: start it again"))
         raise SystemExit(130)
 
@@ -374,7 +377,7 @@ if __name__ == "__main__":
 
     # Data, network, optimiser.
     device = data.device(args.device)
-    d = data.load(args.dataset, args.data_dir, device, args.train_size, args.val_size, args.test_size)
+    d = data.load(args.dataset, args.data_dir, device, args.train_size, args.val_size, args.test_size, args.data_on)
     x_val, y_val, x_test, y_test = data.to_float(d.val.x), d.val.y, data.to_float(d.test.x), d.test.y
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
@@ -385,7 +388,7 @@ if __name__ == "__main__":
         net.compile()
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, nesterov=True, fused=True,
                                 weight_decay=args.weight_decay)
-    x_seen, y_seen = data.to_float(d.train.x[:256]), d.train.y[:256]  # where training is watched  [D5]
+    x_seen, y_seen = data.to_float(d.train.x[:256].to(device)), d.train.y[:256]  # where training is watched  [D5]
     steps = data.steps_per_epoch(len(d.train.y), args.batch_size)
     eps_test = args.eps or 8 / 255  # an undefended network is tested like the others
 
@@ -399,10 +402,11 @@ if __name__ == "__main__":
 
     def checkpoint(name):
         data.save(run_dir / name, dict(script=SCRIPT, args=asdict(args), classes=len(d.classes), net=net.state_dict(),
-                                       optimizer=optimizer.state_dict(), **progress))
+                                       processes=distributed.world(), optimizer=optimizer.state_dict(), **progress))
 
     info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, **data.environment(device))
-    writer = None if args.eval_only else SummaryWriter(run_dir, purge_step=progress["epoch"] * steps + 1)
+    Writer = distributed.Silent if distributed.rank() else SummaryWriter
+    writer = None if args.eval_only else Writer(run_dir, purge_step=progress["epoch"] * steps + 1)
     if not run:
         data.save(run_dir / "args.json", {**info, "args": asdict(args)})
         table = "\n".join(f"|{k}|{v}|" for k, v in {**info, **asdict(args)}.items())
@@ -413,10 +417,12 @@ if __name__ == "__main__":
           + ", ".join(f"{k} {v}" for k, v in preset.items()), flush=True)
 
     # Training.
-    bar = tqdm(total=args.epochs * steps, initial=progress["epoch"] * steps, disable=not sys.stderr.isatty())
+    bar = tqdm(total=args.epochs * steps, initial=progress["epoch"] * steps,
+               disable=distributed.rank() > 0 or not sys.stderr.isatty())
     for epoch in range(progress["epoch"], 0 if args.eval_only else args.epochs):
         started, sums, weights = time.time(), defaultdict(float), []
-        generator = torch.Generator(device).manual_seed(2_000_003 * args.seed + epoch)  # chance is (seed, epoch)'s
+        noise = distributed.seed(2_000_003 * args.seed + epoch)  # all chance is that of (seed, epoch)
+        generator = torch.Generator(device).manual_seed(noise)
         for i, (x, y) in enumerate(data.batches(d.train, args.batch_size, seed=args.seed, epoch=epoch, **d.augment)):
             t = epoch + (i + 0.5) / steps  # epochs, at the middle of the step
             if args.milestones:
@@ -445,6 +451,7 @@ if __name__ == "__main__":
                 loss, terms = aalp_loss(z, z_adv, y, w, args)
             optimizer.zero_grad()
             loss.backward()
+            distributed.average_gradients(optimizer)
             optimizer.step()
             for k, v in terms.items():  # the sums stay on the device: to read one here would stall it
                 sums[f"losses/{k}"] += v.detach() / steps
@@ -454,7 +461,8 @@ if __name__ == "__main__":
             sums["aalp/label_leak"] += accuracy[2] - accuracy[0]  # what the mask tells the last layer about the label
             weights.append(w)
             bar.update()
-        scalars = {k: v.item() for k, v in sums.items()}
+        scalars = {k: distributed.mean(v).item() for k, v in sums.items()}
+        distributed.average_statistics(net)
         if not all(math.isfinite(v) for v in scalars.values()):
             raise data.UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {args.lr:g}")
         seconds = time.time() - started
@@ -465,7 +473,7 @@ if __name__ == "__main__":
         robust = survivors(net, x_val, y_val, clean, eps=eps_test, steps=10, norm=args.norm)
         val = {k: mask.sum().item() / len(mask) for k, mask in (("clean_acc", clean), ("robust_acc", robust))}
         score = val["robust_acc" if args.eps else "clean_acc"]
-        weights = torch.cat(weights)
+        weights = distributed.gather(torch.cat(weights))
         x_adv = pgd(net, x_seen, y_seen, eps=eps_test, step_size=eps_test / 4, steps=10, norm=args.norm,
                     random_start=False)
         seen = observe(net, x_seen, x_adv, y_seen, args) | {"sample_weight": weights.mean().item()}
@@ -536,3 +544,4 @@ if __name__ == "__main__":
             writer.add_scalar(tag, value, round(x_axis))
         writer.close()
     print(f"written to {run_dir}; look at it with: tensorboard --logdir {run_dir.parent}")
+    distributed.finish()

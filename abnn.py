@@ -30,7 +30,7 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import data
+from common import data, distributed
 from common.pgd import (
     attack_metrics,
     frame_mask,
@@ -64,6 +64,7 @@ class Args:
     train_size: int | None = None  # training images or clips, the first so many of a fixed permutation (None: all)
     val_size: int = 1000  # validation images or clips, held out of the training split
     test_size: int | None = None  # test images or clips (None: all)
+    data_on: Literal["auto", "device", "host"] = "auto"  # where training data are; auto: host if over 60 % of a GPU
     frames: int | None = None  # frames of a clip
     split: Literal[1, 2, 3] = 1  # official split of ucf101
     # --- Optimisation
@@ -404,6 +405,7 @@ def train_step(net, optimizer, x, y, args, rise=1.0, generator=None):
         loss, terms, logits = training_loss(net, x, y, args, rise, generator)
     optimizer.zero_grad()
     loss.backward()
+    distributed.average_gradients(optimizer)
     optimizer.step()
     return terms, logits
 
@@ -414,7 +416,8 @@ def train_epoch(net, optimizer, d, args, epoch, bar=None):
     All chance in it is that of (seed, epoch).
     """
     sums, steps = defaultdict(float), data.steps_per_epoch(len(d.train.y), args.batch_size)
-    generator = torch.Generator(d.train.x.device).manual_seed(2_000_003 * args.seed + epoch)
+    noise = distributed.seed(2_000_003 * args.seed + epoch)
+    generator = torch.Generator(d.train.y.device).manual_seed(noise)
     of_video = dict(frames=args.frames) if args.dataset in VIDEO else {}
     batches = data.clip_batches if of_video else data.batches
     for i, (x, y) in enumerate(batches(d.train, args.batch_size, seed=args.seed, epoch=epoch, **d.augment, **of_video)):
@@ -433,7 +436,8 @@ def train_epoch(net, optimizer, d, args, epoch, bar=None):
         sums[name] += (logits.argmax(1) == y).float().mean() / steps
         if bar is not None:
             bar.update()
-    means = {k: v.item() for k, v in sums.items()}
+    means = {k: distributed.mean(v).item() for k, v in sums.items()}
+    distributed.average_statistics(net)
     if not all(math.isfinite(v) for v in means.values()):
         raise data.UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {args.lr:g}")
     return means, factor
@@ -441,14 +445,16 @@ def train_epoch(net, optimizer, d, args, epoch, bar=None):
 
 def load_data(args, device):
     options = dict(frames=args.frames, split=args.split) if args.dataset in VIDEO else {}
-    return data.load(args.dataset, args.data_dir, device, args.train_size, args.val_size, args.test_size, **options)
+    return data.load(args.dataset, args.data_dir, device, args.train_size, args.val_size, args.test_size, args.data_on,
+                     **options)
 
 
 def pretrained(name, net):
     """Give the groups of a GroupNet the weights that torchvision has for them."""
     weights = torchvision.models.get_weight(PRETRAINED[name][1])
     try:
-        found = weights.get_state_dict(progress=False, check_hash=True)
+        with distributed.first_alone():  # it downloads
+            found = weights.get_state_dict(progress=False, check_hash=True)
     except Exception as error:  # network and disk errors have no common base class here
         file = Path(torch.hub.get_dir(), "checkpoints", weights.url.split("/")[-1])
         raise data.UserError(f"the weights of --substitute {name} cannot be downloaded ({type(error).__name__}: {error}"
@@ -469,10 +475,11 @@ def clean_network(args, d, device):
     start = "kinetics" if (args.substitute, args.arch) == ("kinetics", "r3d18") else None
     kept = ("arch", "width", "epochs", "batch_size", "lr", "milestones", "weight_decay", "train_size", "val_size",
             "bf16", "frames", "split", "seed")  # all that makes another network
-    key = json.dumps({"data": d.name, "start": start, **{k: getattr(args, k) for k in kept}})
+    key = {"data": d.name, "start": start, **{k: getattr(args, k) for k in kept}}
+    key = json.dumps(key | ({"processes": distributed.world()} if distributed.world() > 1 else {}))
     name = f"{d.name}__{args.arch}__{args.seed}__{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt"
     path = Path(args.runs_dir, "substitutes", name)
-    if path.exists():
+    if distributed.agree(path.exists()):
         return load(path, device)[0]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -604,11 +611,11 @@ def above(a, b):
 
 
 def evaluate_threats(net, x, y, known, args, part):
-    """Accuracies {row: {attack: accuracy}} and warnings; `part` samples at a time.  [D7]
+    """Accuracies {row: {attack: accuracy}} and warnings; `part` samples of x (floats or uint8) at a time.  [D7]
 
     Rows: `worst`, the per-image minimum of the others; threat model and loss; `no gradient`. All attack every image
     that is right without an attack, at the same positions, so that rows can be compared. Universal frames are learned
-    on `known` (x, y).
+    on `known` (x, y). Of several processes each attacks its share.
     """
     sources = {"C": net}
     if isinstance(net, ABNN):
@@ -626,12 +633,14 @@ def evaluate_threats(net, x, y, known, args, part):
                 continue  # without a gradient there is no search
             alive[row], generator = clean.clone(), torch.Generator(x.device).manual_seed(0)
             if name == "af_universal":
-                border = frame_mask(sizes(args)["af"], x)
+                border = frame_mask(sizes(args)["af"], known[0])
                 how = {**how, "frame": universal(source, *known, border, generator=generator, **{"steps": 50, **how})}
-            for i in clean.nonzero().squeeze(1).split(part) if clean.any() else ():
-                x_adv = craft(name, source, x[i], y[i], args, generator, **how)
+            mine = clean.nonzero().squeeze(1)[distributed.share(int(clean.sum()))]
+            for i in mine.split(part) if len(mine) else ():
+                x_adv = craft(name, source, data.to_float(x[i]), y[i], args, generator, **how)
                 with torch.no_grad():
                     alive[row][i] = net(x_adv).argmax(1) == y[i]
+            alive[row] = distributed.everywhere(alive[row])
             table.setdefault(row, {})[name] = alive[row].sum().item() / len(y)
         worst = torch.stack([*alive.values()]).all(0)
         table["worst"][name], everything = worst.sum().item() / len(y), everything & worst
@@ -683,7 +692,8 @@ def seconds_per_epoch(args, d, device, rounds=10):
             net.compile()
         runners[defense] = net, optimizer_of(net, own), own
     side = SIDES.get(args.dataset, 32)
-    size, frames = min(args.batch_size, len(d.train.y)), [args.frames] if args.dataset in VIDEO else []
+    size = min(args.batch_size, len(d.train.y)) // distributed.world()
+    frames = [args.frames] if args.dataset in VIDEO else []
     # What is in the images does not matter to the clock; their memory format, that of `to_float`, does.
     x = torch.rand(size, *frames, side, side, 3, device=device).movedim(-1, 1)
     y = torch.randint(len(d.classes), (size,), device=device)
@@ -720,6 +730,7 @@ def load(run, device="cpu", name="best.pt"):
 
 if __name__ == "__main__":
     # Arguments. A run that is continued or evaluated brings its own.
+    distributed.start()  # with torchrun: one process for each GPU
     args = tyro.cli(Args, description=__doc__)
     run = args.resume or args.eval_only
     if args.resume and args.eval_only:
@@ -727,10 +738,11 @@ if __name__ == "__main__":
     if run:
         net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
         args = tyro.cli(Args, description=__doc__, default=own)
-        free = ["resume", "eval_only", "device", "data_dir", "runs_dir", "compile", "compare_cost"]
+        free = ["resume", "eval_only", "device", "data_dir", "data_on", "runs_dir", "compile", "compare_cost"]
         free += ["eps", "norm", "test_size", "attack_strength"] if args.eval_only else []
         if changed := [k for k, v in asdict(own).items() if k not in free and getattr(args, k) != v]:
             raise data.UserError(f"{run} had another value of {', '.join(changed)}: leave it out")
+        data.same_processes(args.resume, state)
     given = args
     args = replace(args, **{k: v for k, v in PRESETS[args.dataset][args.preset].items() if getattr(args, k) is None})
     data.check(args, frames=(1, math.inf), clean_epochs=(1, math.inf), substitute_width=(1, math.inf),
@@ -744,7 +756,7 @@ if __name__ == "__main__":
 
     def interrupted(*_):
         resumable = run_dir and (run_dir / "last.pt").exists() and not args.eval_only
-        after = f"to continue after the last finished epoch: python {SCRIPT}.py --resume {run_dir}"
+        after = f"to continue after the last finished epoch: {distributed.launcher()} {SCRIPT}.py --resume {run_dir}"
         print("\ninterrupted; " + (after if resumable else "there is nothing to continue: start it again"))
         raise SystemExit(130)
 
@@ -755,8 +767,9 @@ if __name__ == "__main__":
     device = data.device(args.device)
     d = load_data(args, device)
     side = SIDES.get(args.dataset, 32)
-    x_val, y_val = data.to_float(data.centre_clips(d.val.x, args.frames, side) if video else d.val.x), d.val.y
-    x_test, y_test = data.to_float(d.test.x), d.test.y
+    # Both as uint8, and floats of one part at a time: all test clips of ucf101 would take up to 23 GB.
+    x_val, y_val = data.centre_clips(d.val.x, args.frames, side) if video else d.val.x, d.val.y
+    x_test, y_test = d.test.x, d.test.y
     part = max(500 * 32**2 // ((args.frames if video else 1) * side**2), 16)  # samples in a pass of the evaluation
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     torch.backends.cudnn.benchmark = True
@@ -783,10 +796,11 @@ if __name__ == "__main__":
 
     def checkpoint(name):
         data.save(run_dir / name, dict(script=SCRIPT, args=asdict(args), classes=len(d.classes), net=net.state_dict(),
-                                       optimizer=optimizer.state_dict(), **progress))
+                                       processes=distributed.world(), optimizer=optimizer.state_dict(), **progress))
 
     info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, **data.environment(device))
-    writer = None if args.eval_only else SummaryWriter(run_dir, purge_step=progress["epoch"] * steps + 1)
+    Writer = distributed.Silent if distributed.rank() else SummaryWriter
+    writer = None if args.eval_only else Writer(run_dir, purge_step=progress["epoch"] * steps + 1)
     if not run:
         data.save(run_dir / "args.json", {**info, "args": asdict(args), "preset": [*preset]})  # what was left out
         table = "\n".join(f"|{k}|{v}|" for k, v in {**info, **asdict(args)}.items())
@@ -801,7 +815,8 @@ if __name__ == "__main__":
               "the paper's, whose substitute knows other data", flush=True)
 
     # Training.
-    bar = tqdm(total=args.epochs * steps, initial=progress["epoch"] * steps, disable=not sys.stderr.isatty())
+    bar = tqdm(total=args.epochs * steps, initial=progress["epoch"] * steps,
+               disable=distributed.rank() > 0 or not sys.stderr.isatty())
     for epoch in range(progress["epoch"], 0 if args.eval_only else args.epochs):
         started = time.time()
         scalars, factor = train_epoch(net, optimizer, d, args, epoch, bar)
@@ -817,7 +832,7 @@ if __name__ == "__main__":
                            batch_size=part)
         val = {k: mask.sum().item() / len(mask) for k, mask in (("clean_acc", clean), ("robust_acc", robust))}
         score = val["robust_acc" if by_robust else "clean_acc"]
-        x_few, y_few, step = x_val[:few], y_val[:few], (epoch + 1) * steps
+        x_few, y_few, step = data.to_float(x_val[:few]), y_val[:few], (epoch + 1) * steps
         x_adv = pgd(net, x_few, y_few, eps=eps_test, step_size=eps_test / 4, steps=10, norm=args.norm,
                     random_start=False)
         speed = steps * min(args.batch_size, len(d.train.y)) / seconds
@@ -859,7 +874,7 @@ if __name__ == "__main__":
         net.eval()
         if not table:
             curves = measure(net, x_test, y_test, eps_test, args, part)
-            known = x_val[: min(100, 2 * part)], y_val[: min(100, 2 * part)]
+            known = data.to_float(x_val[: min(100, 2 * part)]), y_val[: min(100, 2 * part)]
             threats, warnings = evaluate_threats(net, x_test, y_test, known, args, part)
         if same := [row for row in table.values() if row["epoch"] == state["epoch"]]:  # the best epoch may be the last
             table[path.stem] = same[0]
@@ -895,3 +910,4 @@ if __name__ == "__main__":
             writer.add_scalar(tag, value, round(x_axis))
         writer.close()
     print(f"written to {run_dir}; look at it with: tensorboard --logdir {run_dir.parent}")
+    distributed.finish()

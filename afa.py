@@ -27,7 +27,7 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import data
+from common import data, distributed
 from common.pgd import attack_metrics, pgd, survivors
 
 SCRIPT = Path(__file__).stem
@@ -50,6 +50,7 @@ class Args:
     train_size: int | None = None  # training images, the first so many of a fixed permutation (None: all)
     val_size: int = 1000  # validation images, held out of the training split
     test_size: int | None = None  # test images (None: all)
+    data_on: Literal["auto", "device", "host"] = "auto"  # where training data are; auto: host if over 60 % of a GPU
     # --- Optimisation
     arch: Literal["preactresnet18", "wrn-34-10", "preactresnet8"] | None = None  # network
     width: int | None = None  # channels of the first stage (None: 64, 160 and 16, in the order above)
@@ -356,6 +357,7 @@ def load(run, device="cpu", name="best.pt"):
 
 if __name__ == "__main__":
     # Arguments. A run that is continued or evaluated brings its own.
+    distributed.start()  # with torchrun: one process for each GPU
     args = tyro.cli(Args, description=__doc__)
     run = args.resume or args.eval_only
     if args.resume and args.eval_only:
@@ -363,10 +365,11 @@ if __name__ == "__main__":
     if run:
         net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
         args = tyro.cli(Args, description=__doc__, default=own)
-        free = ["resume", "eval_only", "device", "data_dir", "runs_dir", "compile"]
+        free = ["resume", "eval_only", "device", "data_dir", "data_on", "runs_dir", "compile"]
         free += ["eps", "norm", "test_size"] if args.eval_only else []
         if changed := [k for k, v in asdict(own).items() if k not in free and getattr(args, k) != v]:
             raise data.UserError(f"{run} had another value of {', '.join(changed)}: leave it out")
+        data.same_processes(args.resume, state)
     preset = {k: v for k, v in PRESETS[args.dataset][args.preset].items() if getattr(args, k) is None}
     args = replace(args, **preset)
     learned = args.bn == "dual" and args.fusion == "learned"
@@ -374,7 +377,7 @@ if __name__ == "__main__":
 
     def interrupted(*_):
         resumable = run_dir and (run_dir / "last.pt").exists() and not args.eval_only
-        after = f"to continue after the last finished epoch: python {SCRIPT}.py --resume {run_dir}"
+        after = f"to continue after the last finished epoch: {distributed.launcher()} {SCRIPT}.py --resume {run_dir}"
         print("\ninterrupted; " + (after if resumable else "there is nothing to continue: start it again"))
         raise SystemExit(130)
 
@@ -383,7 +386,7 @@ if __name__ == "__main__":
 
     # Data, network, optimisers.
     device = data.device(args.device)
-    d = data.load(args.dataset, args.data_dir, device, args.train_size, args.val_size, args.test_size)
+    d = data.load(args.dataset, args.data_dir, device, args.train_size, args.val_size, args.test_size, args.data_on)
     x_val, y_val, x_test, y_test = data.to_float(d.val.x), d.val.y, data.to_float(d.test.x), d.test.y
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
@@ -414,10 +417,12 @@ if __name__ == "__main__":
 
     def checkpoint(name):
         data.save(run_dir / name, dict(script=SCRIPT, args=asdict(args), classes=len(d.classes), net=net.state_dict(),
+                                       processes=distributed.world(),
                                        optimizers={k: o.state_dict() for k, o in optimizers.items()}, **progress))
 
     info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, **data.environment(device))
-    writer = None if args.eval_only else SummaryWriter(run_dir, purge_step=progress["epoch"] * steps + 1)
+    Writer = distributed.Silent if distributed.rank() else SummaryWriter
+    writer = None if args.eval_only else Writer(run_dir, purge_step=progress["epoch"] * steps + 1)
     if not run:
         data.save(run_dir / "args.json", {**info, "args": asdict(args)})
         table = "\n".join(f"|{k}|{v}|" for k, v in {**info, **asdict(args)}.items())
@@ -428,14 +433,16 @@ if __name__ == "__main__":
           + ", ".join(f"{k} {v}" for k, v in preset.items()), flush=True)
 
     # Training.
-    bar = tqdm(total=len(stages) * steps, initial=progress["epoch"] * steps, disable=not sys.stderr.isatty())
+    bar = tqdm(total=len(stages) * steps, initial=progress["epoch"] * steps,
+               disable=distributed.rank() > 0 or not sys.stderr.isatty())
     for epoch in range(progress["epoch"], 0 if args.eval_only else len(stages)):
         stage, started, sums = stages[epoch], time.time(), defaultdict(float)
         first, length = (0, args.epochs) if stage == 1 else (args.epochs, args.gate_epochs)
         net.requires_grad_(stage == 1 or args.finetune == "all")  # stage 2 trains the generator alone, or everything
         for p in gate:
             p.requires_grad_(stage == 2)
-        generator = torch.Generator(device).manual_seed(2_000_003 * args.seed + epoch)  # chance is (seed, epoch)'s
+        noise = distributed.seed(2_000_003 * args.seed + epoch)  # all chance is that of (seed, epoch)
+        generator = torch.Generator(device).manual_seed(noise)
         for i, (x, y) in enumerate(data.batches(d.train, args.batch_size, seed=args.seed, epoch=epoch, **d.augment)):
             t = epoch - first + (i + 0.5) / steps  # epochs into the stage, at the middle of the step
             if stage == 2:
@@ -462,12 +469,14 @@ if __name__ == "__main__":
                 loss = sum(losses.values()) / len(losses)
             optimizers[stage].zero_grad()
             loss.backward()
+            distributed.average_gradients(optimizers[stage])
             optimizers[stage].step()
             for k, z in logits.items():  # the sums stay on the device: to read one here would stall it
                 sums[f"losses/{k}_ce"] += losses[k].detach() / steps
                 sums[f"train/{k}_acc"] += (z.argmax(1) == y).float().mean() / steps
             bar.update()
-        scalars = {k: v.item() for k, v in sums.items()}
+        scalars = {k: distributed.mean(v).item() for k, v in sums.items()}
+        distributed.average_statistics(net)
         if not all(math.isfinite(v) for v in scalars.values()):
             raise data.UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {args.lr:g}")
         seconds = time.time() - started
@@ -548,3 +557,4 @@ if __name__ == "__main__":
             writer.add_scalar(tag, value, round(x_axis))
         writer.close()
     print(f"written to {run_dir}; look at it with: tensorboard --logdir {run_dir.parent}")
+    distributed.finish()

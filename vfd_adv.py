@@ -30,7 +30,7 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import data
+from common import data, distributed
 from common.pgd import attack_metrics, kl, pgd, survivors
 
 SCRIPT = Path(__file__).stem
@@ -53,6 +53,7 @@ class Args:
     train_size: int | None = None  # training images, the first so many of a fixed permutation (None: all)
     val_size: int = 1000  # validation images, held out of the training split
     test_size: int | None = None  # test images (None: all)
+    data_on: Literal["auto", "device", "host"] = "auto"  # where training data are; auto: host if over 60 % of a GPU
     # --- Optimisation
     arch: Literal["preactresnet18", "wrn-34-10", "preactresnet8"] | None = None  # network
     width: int | None = None  # channels of the first stage (None: 64, 160 and 16, in the order above)
@@ -229,11 +230,12 @@ def vanilla_teacher(args, d):
     width = args.teacher_width or (args.width if arch == args.arch else None) or ARCHS[arch][0]
     own = dict(dataset=args.dataset, arch=arch, width=width, seed=args.seed, epochs=args.teacher_epochs,
                lr=args.teacher_lr, batch_size=args.batch_size, weight_decay=args.weight_decay, bf16=args.bf16)
+    own |= {"processes": distributed.world()} if distributed.world() > 1 else {}
     name = hashlib.sha256(json.dumps(own).encode())  # all that makes another teacher: a stale one is never found
     for part in d.train:
         name.update(part.cpu().numpy())
     path = Path(args.runs_dir, "teachers", f"{d.name}__{arch}__{width}__{args.seed}__{name.hexdigest()[:12]}.pt")
-    if path.exists():
+    if distributed.agree(path.exists()):
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -242,7 +244,7 @@ def vanilla_teacher(args, d):
     print(f"training the teacher, a vanilla {arch} of width {width}, once for all runs like this one", flush=True)
     seed = 500_000 + args.seed  # with the student's seed, it would start from the student's weights
     torch.manual_seed(seed)
-    teacher = PreActResNet(arch, width, len(d.classes)).to(d.train.x.device, memory_format=torch.channels_last)
+    teacher = PreActResNet(arch, width, len(d.classes)).to(d.train.y.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(teacher.parameters(), args.teacher_lr, momentum=0.9, nesterov=True, fused=True,
                                 weight_decay=args.weight_decay)
     steps = data.steps_per_epoch(len(d.train.y), args.batch_size)
@@ -254,10 +256,13 @@ def vanilla_teacher(args, d):
                 loss = F.cross_entropy(teacher(x).float(), y)
             optimizer.zero_grad()
             loss.backward()
+            distributed.average_gradients(optimizer)
             optimizer.step()
-        print(f"teacher, epoch {epoch + 1}/{args.teacher_epochs}: last loss {(last := loss.item()):.3f}", flush=True)
+        last = distributed.mean(loss).item()
+        print(f"teacher, epoch {epoch + 1}/{args.teacher_epochs}: last loss {last:.3f}", flush=True)
         if not math.isfinite(last):
             raise data.UserError(f"the teacher's loss is not finite: try a lower --teacher-lr than {args.teacher_lr:g}")
+    distributed.average_statistics(teacher)
     data.save(path, dict(script="teacher", args=own, classes=len(d.classes), net=teacher.state_dict()))
     return path
 
@@ -386,6 +391,7 @@ def load(run, device="cpu", name="best.pt"):
 
 if __name__ == "__main__":
     # Arguments. A run that is continued or evaluated brings its own.
+    distributed.start()  # with torchrun: one process for each GPU
     args = tyro.cli(Args, description=__doc__)
     run = args.resume or args.eval_only
     if args.resume and args.eval_only:
@@ -393,10 +399,11 @@ if __name__ == "__main__":
     if run:
         net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
         args = tyro.cli(Args, description=__doc__, default=own)
-        free = ["resume", "eval_only", "device", "data_dir", "runs_dir", "compile"]
+        free = ["resume", "eval_only", "device", "data_dir", "data_on", "runs_dir", "compile"]
         free += ["eps", "norm", "test_size"] if args.eval_only else []
         if changed := [k for k, v in asdict(own).items() if k not in free and getattr(args, k) != v]:
             raise data.UserError(f"{run} had another value of {', '.join(changed)}: leave it out")
+        data.same_processes(args.resume, state)
     preset = {**PRESETS[args.dataset][args.preset], "beta": BETA[args.base]}
     preset["lr"] *= 0.5 if args.base == "mart" else 1.0  # at the others' rate it loses classes on the way  [D8]
     preset = {k: v for k, v in preset.items() if getattr(args, k) is None}
@@ -408,7 +415,7 @@ if __name__ == "__main__":
 
     def interrupted(*_):
         resumable = run_dir and (run_dir / "last.pt").exists() and not args.eval_only
-        after = f"to continue after the last finished epoch: python {SCRIPT}.py --resume {run_dir}"
+        after = f"to continue after the last finished epoch: {distributed.launcher()} {SCRIPT}.py --resume {run_dir}"
         print("\ninterrupted; " + (after if resumable else "there is nothing to continue: start it again"))
         raise SystemExit(130)
 
@@ -417,7 +424,7 @@ if __name__ == "__main__":
 
     # Data, teacher, network, optimiser.
     device = data.device(args.device)
-    d = data.load(args.dataset, args.data_dir, device, args.train_size, args.val_size, args.test_size)
+    d = data.load(args.dataset, args.data_dir, device, args.train_size, args.val_size, args.test_size, args.data_on)
     x_val, y_val, x_test, y_test = data.to_float(d.val.x), d.val.y, data.to_float(d.test.x), d.test.y
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     torch.backends.cudnn.benchmark = True
@@ -441,7 +448,7 @@ if __name__ == "__main__":
         net.compile()
     optimizer = torch.optim.SGD([*net.parameters(), *projection.parameters()], args.lr, momentum=0.9,
                                 nesterov=True, fused=True, weight_decay=args.weight_decay)
-    x_seen, y_seen = data.to_float(d.train.x[:256]), d.train.y[:256]  # where training is watched  [D6]
+    x_seen, y_seen = data.to_float(d.train.x[:256].to(device)), d.train.y[:256]  # where training is watched  [D6]
     steps = data.steps_per_epoch(len(d.train.y), args.batch_size)
     clean_pass = args.base != "at" or args.lambda_nat > 0 or args.clean_pass != "auto"
     eps_test = args.eps or 8 / 255  # an undefended network is tested like the others
@@ -459,11 +466,13 @@ if __name__ == "__main__":
 
     def checkpoint(name):
         data.save(run_dir / name, dict(script=SCRIPT, args=asdict(args), classes=len(d.classes), net=net.state_dict(),
+                                       processes=distributed.world(),
                                        optimizer=optimizer.state_dict(), projection=projection.state_dict(),
                                        **progress))
 
     info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, **data.environment(device))
-    writer = None if args.eval_only else SummaryWriter(run_dir, purge_step=progress["epoch"] * steps + 1)
+    Writer = distributed.Silent if distributed.rank() else SummaryWriter
+    writer = None if args.eval_only else Writer(run_dir, purge_step=progress["epoch"] * steps + 1)
     if not run:
         data.save(run_dir / "args.json", {**info, "args": asdict(args), "preset": [*preset]})  # what was left out
         table = "\n".join(f"|{k}|{v}|" for k, v in {**info, **asdict(args)}.items())
@@ -474,10 +483,12 @@ if __name__ == "__main__":
           + ", ".join(f"{k} {v}" for k, v in preset.items()), flush=True)
 
     # Training.
-    bar = tqdm(total=args.epochs * steps, initial=progress["epoch"] * steps, disable=not sys.stderr.isatty())
+    bar = tqdm(total=args.epochs * steps, initial=progress["epoch"] * steps,
+               disable=distributed.rank() > 0 or not sys.stderr.isatty())
     for epoch in range(progress["epoch"], 0 if args.eval_only else args.epochs):
         started, sums = time.time(), defaultdict(float)
-        generator = torch.Generator(device).manual_seed(2_000_003 * args.seed + epoch)  # chance is (seed, epoch)'s
+        noise = distributed.seed(2_000_003 * args.seed + epoch)  # all chance is that of (seed, epoch)
+        generator = torch.Generator(device).manual_seed(noise)
         for i, (x, y) in enumerate(data.batches(d.train, args.batch_size, seed=args.seed, epoch=epoch, **d.augment)):
             t = epoch + (i + 0.5) / steps  # epochs, at the middle of the step
             if args.milestones:
@@ -519,6 +530,7 @@ if __name__ == "__main__":
                     loss, terms = loss + extra, terms | distances
             optimizer.zero_grad()
             loss.backward()
+            distributed.average_gradients(optimizer)
             optimizer.step()
             for k, v in terms.items():  # the sums stay on the device: to read one here would stall it
                 sums[f"losses/{k}"] += v.detach() / steps
@@ -526,7 +538,8 @@ if __name__ == "__main__":
                 if v is not None:
                     sums[f"train/{k}_acc"] += (v.argmax(1) == y).float().mean() / steps
             bar.update()
-        scalars = {k: v.item() for k, v in sums.items()}
+        scalars = {k: distributed.mean(v).item() for k, v in sums.items()}
+        distributed.average_statistics(net)
         if not all(math.isfinite(v) for v in scalars.values()):
             raise data.UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {args.lr:g}")
         seconds = time.time() - started
@@ -607,3 +620,4 @@ if __name__ == "__main__":
             writer.add_scalar(tag, value, round(x_axis))
         writer.close()
     print(f"written to {run_dir}; look at it with: tensorboard --logdir {run_dir.parent}")
+    distributed.finish()

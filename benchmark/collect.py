@@ -78,7 +78,8 @@ def rows(run, validation=False):
         while flag in words:
             del words[words.index(flag) : words.index(flag) + 2]
     words = ["RUN" if before == "--control-of" else word for before, word in zip(["", *words], words)]
-    rest["command"] = shlex.join(["python", Path(words[1]).name, *words[2:]])
+    k = next(i for i, word in enumerate(words) if word.endswith(".py"))  # before it python, or torchrun and its flags
+    rest["command"] = shlex.join([*words[:k], Path(words[k]).name, *words[k + 1 :]])
     eps, method = {"eps": round(255 * results["eps"], 6)}, results.get("method", {})
     if validation:
         row = {k: method[k] for k in ("val_clean", "val_robust")}

@@ -3,6 +3,7 @@ devices, folders, files.
 
 A data set is three `Split`s (train, val, test) of images (N, H, W, 3) uint8 and labels (N,) int64. Everything that fits
 lives on the device; a batch is one gather that crops and flips on the way (no worker processes, no per-image Python).
+Training images that do not fit wait in host memory, and the batches alone are copied.
 The validation split is taken from *train* with a fixed seed, the same for all runs; the test split is the official one.
 Clips of a video set are (N, T, H, W, 3) in the place of images, their batches come from `clip_batches`.
 
@@ -19,12 +20,14 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 from typing import Annotated, NamedTuple
@@ -33,6 +36,8 @@ import numpy as np
 import torch
 import torchvision
 import tyro
+
+from common import distributed
 
 SPLIT_SEED = 0  # of the validation split and of every subset: fixed, so that runs with different seeds are comparable
 
@@ -43,6 +48,8 @@ class UserError(SystemExit):
     def __init__(self, message):
         super().__init__(2)
         self.message = str(message)
+        if distributed.rank() > 0:  # most likely the first process says the same, and torchrun ends this one before:
+            time.sleep(3)  # one line instead of one from each
         print(f"error: {self.message}", file=sys.stderr)
 
     def __str__(self):
@@ -50,8 +57,8 @@ class UserError(SystemExit):
 
 
 class Split(NamedTuple):
-    x: torch.Tensor  # images (N, H, W, 3), uint8
-    y: torch.Tensor  # labels (N,), int64
+    x: torch.Tensor  # images (N, H, W, 3), uint8; of a split that is streamed in host memory
+    y: torch.Tensor  # labels (N,), int64, on the device
 
 
 @dataclass
@@ -61,7 +68,7 @@ class Data:
     train: Split
     val: Split
     test: Split
-    augment: dict  # what `batches` does to training images of this set: pad and flip
+    augment: dict  # arguments of `batches` for the training images of this set: pad and flip, and are they streamed
 
 
 def _write(path, content):
@@ -90,12 +97,15 @@ def _write(path, content):
 def save(path, content):
     """Write a .json or .pt under another name, then rename it: a file that exists is complete, whenever we die.
 
-    Raises UserError when it cannot be written (a full disk, say); what was there before is intact.
+    Of several processes the first one writes, and all wait for it: they may read the file next. Raises UserError when
+    it cannot be written (a full disk, say); what was there before is intact.
     """
     try:
-        _write(path, content)
+        if distributed.rank() == 0:
+            _write(path, content)
     except OSError as error:
         raise UserError(error) from None
+    distributed.agree()
 
 
 def read(path, device):
@@ -127,14 +137,16 @@ def new_folder(parent, name):
     """Make and return parent/name, with a plus sign behind it when another run of the same second has that name."""
     path = Path(parent, name)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            with suppress(FileExistsError):  # asking whether it exists would let two runs find the same name free
-                path.mkdir()
-                return path
-            path = path.with_name(path.name + "+")
+        if distributed.rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            while True:
+                with suppress(FileExistsError):  # asking whether it exists would let two runs find the same name free
+                    path.mkdir()
+                    break
+                path = path.with_name(path.name + "+")
     except OSError as error:
         raise UserError(f"--runs-dir {parent} cannot be used: {error}") from None
+    return distributed.agree(path)
 
 
 def run_folder(run):
@@ -145,11 +157,31 @@ def run_folder(run):
     return path
 
 
+def same_processes(run, state):
+    """Raise UserError when `run` is to be resumed by another number of processes than its checkpoint is of.
+
+    Noise and the batches of BatchNorm would not be those of the run any more.
+    """
+    processes = state.get("processes", 1)
+    if run and processes != distributed.world():
+        raise UserError(f"{run} was trained by {processes} process{'es'[: 2 * (processes > 1)]}, not "
+                        f"{distributed.world()}: resume it with {distributed.launcher(processes)}")  # fmt: skip
+
+
 def device(name):
-    """The torch.device of auto, cpu, cuda or cuda:N. Raises UserError when it cannot be used."""
+    """The torch.device of auto, cpu, cuda or cuda:N. Raises UserError when it cannot be used.
+
+    Of several processes each takes the GPU of its number on its machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if distributed.world() > 1 and name.startswith("cuda:"):
+        raise UserError(f"--device {name} is one GPU, and there are {distributed.world()} processes: leave it out")
     try:
-        best = "cuda" if torch.cuda.is_available() else "cpu"
-        return torch.zeros(1, device=best if name == "auto" else name).device
+        if distributed.world() > 1 and name == "cuda":
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(name)
+        return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
 
@@ -158,7 +190,7 @@ def environment(device):
     """What a result came from: the command, the device, the versions and the commit (None outside a git checkout)."""
     git = f"git -C {shlex.quote(str(Path(__file__).resolve().parent))} describe --always --dirty"
     return dict(
-        command=f"python {Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}".strip(),
+        command=f"{distributed.launcher()} {Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}".strip(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
         python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__,
         commit=subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip() or None,
@@ -178,16 +210,21 @@ Pixels = Annotated[float, tyro.constructors.PrimitiveConstructorSpec(
     str_from_instance=lambda value: [f"{255 * value:g}/255"])]  # fmt: skip
 
 
-def load(name, data_dir="data", device="cpu", train_size=None, val_size=1000, test_size=None, **options):
+def load(name, data_dir="data", device="cpu", train_size=None, val_size=1000, test_size=None, data_on="auto",
+         **options):  # fmt: skip
     """The data set `name`, with a validation split of `val_size` images held out of train.
 
     Sizes are the first so many of a permutation that is the same for every run; None means all there are. Files are
     read in their standard layout from `data_dir` and downloaded to it, with their checksum verified, when they are not
-    there. `options` are those of the data set's reader. Raises UserError with one line that says what to do.
+    there. Training images stay in host memory with `data_on="host"`, and with "auto" where they would take more than
+    60 % of the free memory of a GPU. `options` are those of the data set's reader. Raises UserError with one line that
+    says what to do.
     """
+    device = torch.device(device)
     if name not in READERS:
         raise UserError(f"unknown data set {name!r}: choose one of {', '.join(READERS)}")
-    (x, y), (x_test, y_test), classes, official = READERS[name](Path(data_dir), **options)
+    with distributed.first_alone():  # a reader may download and decode
+        (x, y), (x_test, y_test), classes, official = READERS[name](Path(data_dir), **options)
     for part, labels in (("train", y), ("test", y_test)):
         if len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
             raise UserError(f"{name}: a label of the {part} split is not in 0..{len(classes) - 1}: files are damaged")
@@ -202,15 +239,21 @@ def load(name, data_dir="data", device="cpu", train_size=None, val_size=1000, te
     order_test = torch.from_numpy(np.random.RandomState(SPLIT_SEED).permutation(len(y_test)))
     train, val = order[val_size:][:train_size], order[:val_size]
 
-    def split(images, labels, index):
+    streamed = data_on == "host"
+    if data_on == "auto" and device.type == "cuda":
+        streamed = len(train) * x[:1].nbytes > 0.6 * torch.cuda.mem_get_info(device)[0]
+
+    def split(images, labels, index, device_of_x=device):
         x = torch.from_numpy(images)[index].contiguous()  # a transposed file would cost each batch its memory format
-        return Split(x.to(device), torch.from_numpy(labels)[index].to(device))
+        return Split(x.to(device_of_x), torch.from_numpy(labels)[index].to(device))
 
     if not official:
         print(f"warning: the files in {data_dir} have the layout of {name} but are not the official ones ({len(y)} for "
               f"training, {len(y_test)} for testing): results are named {name}-unofficial")  # fmt: skip
-    return Data(name if official else f"{name}-unofficial", classes, split(x, y, train), split(x, y, val),
-                split(x_test, y_test, order_test[:test_size]), AUGMENT.get(name, dict(pad=4, flip=True)))  # fmt: skip
+    augment = AUGMENT.get(name, dict(pad=4, flip=True)) | ({"streamed": True} if streamed else {})
+    return Data(name if official else f"{name}-unofficial", classes,
+                split(x, y, train, torch.device("cpu") if streamed else device), split(x, y, val),
+                split(x_test, y_test, order_test[:test_size]), augment)  # fmt: skip
 
 
 # --- Batches
@@ -218,13 +261,49 @@ def load(name, data_dir="data", device="cpu", train_size=None, val_size=1000, te
 
 def to_float(x):
     """uint8 images (N, H, W, 3) to floats (N, 3, H, W) in [0, 1], in memory format channels_last as they are; clips
-    (N, T, H, W, 3) to (N, 3, T, H, W)."""
-    return x.movedim(-1, 1).float().div_(255)
+    (N, T, H, W, 3) to (N, 3, T, H, W). What is floats already is returned as it is."""
+    return x if x.is_floating_point() else x.movedim(-1, 1).float().div_(255)
 
 
 def steps_per_epoch(n, batch_size):
-    """Full batches in n images: the rest of an epoch is dropped, or is the only batch when batch_size exceeds n."""
+    """Full batches in n images: the rest of an epoch is dropped, or is the only batch when batch_size exceeds n.
+
+    Raises UserError when several processes cannot share a batch evenly.
+    """
+    if (size := min(batch_size, n)) % distributed.world():
+        raise UserError(f"{distributed.world()} processes cannot share a batch of {size} evenly: choose another "
+                        f"{'--batch-size' if size == batch_size else '--train-size'}")  # fmt: skip
     return max(n // batch_size, 1)
+
+
+def _slices(n, batch_size):
+    """Of each batch of an epoch, the slice that is this process's share."""
+    steps, share = steps_per_epoch(n, batch_size), distributed.share(min(batch_size, n))
+    return [slice(i * batch_size + share.start, i * batch_size + share.stop) for i in range(steps)]
+
+
+def _fetch(x, rows, device, streamed):
+    """Yield x[r] on the device for each r in `rows`.
+
+    From host memory a thread gathers one batch ahead and copies it without waiting, which takes pinned memory. To pin
+    all of x would bring nothing: the rows of a batch have to be brought together first.
+    """
+    if not streamed:
+        yield from (x[r] for r in rows)
+        return
+
+    def gather(r):
+        batch = torch.empty(len(r), *x.shape[1:], dtype=x.dtype, pin_memory=device.type == "cuda")
+        return torch.index_select(x, 0, r, out=batch).to(device, non_blocking=True)
+
+    # A new thread is on the first GPU, and would take memory there too.
+    begin = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+    with ThreadPoolExecutor(1, initializer=begin) as thread:
+        ahead = thread.submit(gather, rows[0])
+        for r in rows[1:]:
+            batch, ahead = ahead.result(), thread.submit(gather, r)
+            yield batch
+        yield ahead.result()
 
 
 AUGMENT = {"digits": dict(pad=0, flip=False), "svhn": dict(pad=4, flip=False),  # a mirrored 2 is no digit
@@ -232,28 +311,28 @@ AUGMENT = {"digits": dict(pad=0, flip=False), "svhn": dict(pad=4, flip=False),  
            "ucf101": dict(flip=True, size=112, scale=(0.25, 1.0))}  # fmt: skip
 
 
-def batches(split, batch_size, *, seed, epoch, pad=0, flip=False):
-    """One shuffled epoch of (x, y): floats (B, 3, H, W) in [0, 1] and labels (B,).
+def batches(split, batch_size, *, seed, epoch, pad=0, flip=False, streamed=False):
+    """One shuffled epoch of (x, y): floats (B, 3, H, W) in [0, 1] and labels (B,), on the device of the labels.
 
     Each image is cropped at its own random position from its zero-padded version (`pad` pixels a side) and flipped with
     probability 1/2 (`flip`). Order and augmentation depend on (seed, epoch) alone: that is what makes resuming exact.
+    Several processes get a part of each batch.
     """
     n, height, width, _ = split.x.shape
-    device = split.x.device
+    device, slices = split.y.device, _slices(n, batch_size)
     g = torch.Generator().manual_seed(seed * 1_000_003 + epoch)  # on the CPU: the same epoch on every device
     order = torch.randperm(n, generator=g)
     dy, dx = torch.randint(0, 2 * pad + 1, (2, n), generator=g)
     mirrored = torch.randint(0, 2, (n,), generator=g).bool()
+    rows = order.to(split.x.device)
     order, dy, dx, mirrored = (t.to(device) for t in (order, dy, dx, mirrored))  # one transfer an epoch
-    size = min(batch_size, n)
-    padded = split.x.new_zeros(size, height + 2 * pad, width + 2 * pad, 3)
+    size = slices[0].stop - slices[0].start
+    padded = torch.zeros(size, height + 2 * pad, width + 2 * pad, 3, dtype=torch.uint8, device=device)
     # Every crop of every padded image as a view, [image, dy, dx]: picking one copies rows of pixels, not single ones.
     a, b, c, d = padded.stride()
     crops = padded.as_strided((size, 2 * pad + 1, 2 * pad + 1, height, width, 3), (a, b, c, b, c, d))
     image = torch.arange(size, device=device)
-    for start in range(0, steps_per_epoch(n, batch_size) * batch_size, batch_size):
-        s = slice(start, start + batch_size)
-        x = split.x[order[s]]
+    for s, x in zip(slices, _fetch(split.x, [rows[s] for s in slices], device, streamed)):
         if pad:
             padded[:, pad : pad + height, pad : pad + width] = x
             x = crops[image, dy[s], dx[s]]
@@ -262,15 +341,16 @@ def batches(split, batch_size, *, seed, epoch, pad=0, flip=False):
         yield to_float(x), split.y[order[s]]
 
 
-def clip_batches(split, batch_size, *, seed, epoch, frames, flip=False, size=None, scale=(1.0, 1.0)):
+def clip_batches(split, batch_size, *, seed, epoch, frames, flip=False, size=None, scale=(1.0, 1.0),
+                 streamed=False):  # fmt: skip
     """One shuffled epoch of (x, y) of clips: floats (B, 3, frames, H, W) in [0, 1] and labels (B,).
 
     Each clip starts at a random frame. With `size` it is a random square of the frame, the same in all frames, whose
     side is `scale` of the shorter side (both ends included), resized to size x size. `flip` is that of `batches`.
-    Order and augmentation depend on (seed, epoch) alone.
+    Order, augmentation and parts are those of `batches`.
     """
     n, stored, height, width, _ = split.x.shape
-    device = split.x.device
+    device, slices = split.y.device, _slices(n, batch_size)
     g = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(n, generator=g)
     first = torch.randint(0, stored - frames + 1, (n,), generator=g)
@@ -278,11 +358,10 @@ def clip_batches(split, batch_size, *, seed, epoch, frames, flip=False, size=Non
     u = torch.rand(3, n, generator=g)
     side = min(height, width) * (scale[0] + (scale[1] - scale[0]) * u[0])
     left, top = u[1] * (width - side), u[2] * (height - side)
-    t = torch.arange(frames)
-    for start in range(0, steps_per_epoch(n, batch_size) * batch_size, batch_size):
-        s = slice(start, start + batch_size)
-        index = order[s]
-        x = split.x[index[:, None].to(device), (first[s, None] + t).to(device)]
+    # The frames of a batch as rows of one long film.
+    rows = ((order * stored + first)[:, None] + torch.arange(frames)).to(split.x.device)
+    for s, x in zip(slices, _fetch(split.x.flatten(0, 1), [rows[s].flatten() for s in slices], device, streamed)):
+        index, x = order[s], x.unflatten(0, (-1, frames))
         if size:
             # grid_sample puts -1 and 1 at the outer edges of a frame.
             at = (torch.arange(size) + 0.5) / size * side[s, None]

@@ -20,6 +20,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common import distributed
+from common.data import to_float
+
 
 def margin(logits, y):
     """max_{j != y} z_j - z_y per sample, (N,): positive exactly where the sample is misclassified.
@@ -89,7 +92,7 @@ def pgd(model, x, y, *, eps, step_size, steps, norm="linf", loss="ce", random_st
         steps: number of gradient steps; each costs one forward and one backward pass.
         norm: "linf" (sign steps) or "l2" (normalised gradient steps).
         loss: "ce", "margin", "kl", or a function (logits, y) -> (N,). The attack raises it; `targeted`, it lowers it.
-        random_start: begin at a uniform draw from the ball instead of at x.
+        random_start: begin at a uniform draw from the ball instead of at x; or the draw itself, a tensor like x.
         restarts: independent random starts; the worst result of each sample is kept.
         keep_best: keep the worst iterate of each sample, not the last one. Costs one more forward pass.
         mask: boolean, broadcastable to x: only pixels where it is True may change.
@@ -151,7 +154,10 @@ def pgd(model, x, y, *, eps, step_size, steps, norm="linf", loss="ce", random_st
         p.requires_grad_(False)
     try:
         for _restart in range(restarts):
-            x_adv = project(x + _start(x, eps, norm, mask, generator)) if random_start else x.clone()
+            if torch.is_tensor(random_start):
+                x_adv = project(x + random_start)
+            else:
+                x_adv = project(x + _start(x, eps, norm, mask, generator)) if random_start else x.clone()
             for _step in range(steps):
                 x_adv = x_adv.detach().requires_grad_()
                 with torch.enable_grad():
@@ -189,30 +195,41 @@ def survivors(model, x, y, alive=None, *, eps, steps, step_size=None, relative_s
     attacks, towards each of the k classes likeliest without an attack beside y, with the loss `lead`. `source` is
     another model to craft on, for a transfer attack. The other `settings` are those of `pgd`; eps and step_size may be
     one value per sample. A misclassified sample that an attack happens to repair counts as a survivor: pass the clean
-    mask as `alive`.
+    mask as `alive`. `x` may be uint8 as in a data set: floats are made for `batch_size` samples at a time.
+
+    Several processes must call this together. Each attacks its share, with the noise that one process would give it,
+    and all return the whole mask.
     """
-    eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device).expand(len(x))
+    eps = torch.as_tensor(eps, dtype=to_float(x[:1]).dtype, device=x.device).expand(len(x))
     step_size = relative_step * eps if step_size is None else step_size
-    step_size = torch.as_tensor(step_size, dtype=x.dtype, device=x.device).expand(len(x))
+    step_size = torch.as_tensor(step_size, dtype=eps.dtype, device=x.device).expand(len(x))
     alive = torch.ones(len(x), dtype=torch.bool, device=x.device) if alive is None else alive.clone()
     generator = torch.Generator(x.device).manual_seed(seed)
     source = model if source is None else source  # an empty nn.Sequential is false
-    settings.setdefault("random_start", steps > 0)  # no steps means no attack, not one with noise
+    random_start = settings.pop("random_start", steps > 0)  # no steps means no attack, not one with noise
     if any(m.training for m in (model.func if isinstance(model, partial) else model).modules()):
         raise ValueError("the model is in training mode: call .eval() before an attack")  # pgd looks at the source only
     goals = [None]
     if targets:
         with torch.no_grad():
-            logits = torch.cat([model(part).float() for part in x.split(batch_size)])
+            logits = torch.cat([model(to_float(part)).float() for part in x.split(batch_size)])
         goals = logits.scatter(1, y[:, None], float("inf")).argsort(1, descending=True)[:, 1 : targets + 1].T
     for goal in [goal for _ in range(restarts) for goal in goals]:
         for i in alive.nonzero().squeeze(1).split(batch_size) if alive.any() else ():
+            start, mine = random_start, distributed.share(len(i))
+            if random_start is True:  # drawn for all of them: a sample's noise is the same with any number of processes
+                whole = to_float(x[i])
+                start = _start(whole, _per_sample(eps[i], whole), settings.get("norm", "linf"), settings.get("mask"),
+                               generator)[mine]  # fmt: skip
+            if not len(i := i[mine]):
+                continue
             if goal is not None:
                 settings["loss"] = partial(lead, target=goal[i])
-            x_adv = pgd(source, x[i], y[i], eps=eps[i], step_size=step_size[i], steps=steps,
-                        generator=generator, **settings)  # fmt: skip
+            x_adv = pgd(source, to_float(x[i]), y[i], eps=eps[i], step_size=step_size[i], steps=steps,
+                        random_start=start, generator=generator, **settings)  # fmt: skip
             with torch.no_grad():
                 alive[i] = model(x_adv).argmax(1) == y[i]
+        alive = distributed.everywhere(alive)
     return alive
 
 

@@ -69,7 +69,8 @@ def commands():
         if path.suffix == ".sh":
             continue  # tests/test_collect.py has the lists, with their variables filled in
         text = path.read_text().replace("\\\n", " ")
-        for script, arguments in re.findall(r"python3? (afa|aalp|vfd_adv|abnn)\.py\b([^\n`#]*)", text):
+        start = r"(?:python3?|torchrun --nproc-per-node \d+)"
+        for script, arguments in re.findall(start + r" (afa|aalp|vfd_adv|abnn)\.py\b([^\n`#]*)", text):
             arguments = arguments.split("&&")[0].strip()
             if "--help" not in arguments:  # it ends the program
                 yield pytest.param(script, arguments, id=f"{path.name}: {script} {arguments}")
@@ -83,7 +84,7 @@ def test_every_command_in_the_documents_parses(script, arguments):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_flag_in_the_documents_exists(document):
-    known = {"--logdir"}
+    known = {"--logdir", "--nproc-per-node", "--standalone"}
     for path in [*SCRIPTS, *(ROOT / "benchmark").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):

@@ -10,7 +10,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-gpu_out} DATA=${DATA:-/tmp/data} WORK=${WORK:-/tmp/gpu_runs} ARCHIVES=${ARCHIVES:-carry} LIMIT=${LIMIT:-570}
-FIRST=${FIRST:-1} LAST=${LAST:-99} JOBS=${JOBS:-3} PEAK=${PEAK:-990} FLAGS=${FLAGS-"--bf16 --compile"} 
+FIRST=${FIRST:-1} LAST=${LAST:-99} JOBS=${JOBS:-3} PEAK=${PEAK:-990} FLAGS=${FLAGS-"--bf16 --compile"}
 SPEED=${SPEED-"--repeats 7 --layouts channels_last --no-compile --no-loader"}
 SMALL=${SMALL-"--train-size 512 --val-size 64 --test-size 16 --arch preactresnet8 --width 8 --epochs 1 --attack-steps 2"}
 SIZE=${SIZE-"--dataset cifar10 --test-size 1000"}

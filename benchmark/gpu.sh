@@ -41,7 +41,7 @@ pack() {  # results, arguments and logs of all runs; a checkpoint only where it 
 
 case "${1:-check}" in
 check)
-    nvidia-smi || echo "no nvidia-smi here"
+    nvidia-smi 2>/dev/null || echo "no nvidia-smi here"
     checks=(
         "afa --gate-epochs 1" "aalp" "vfd_adv --teacher-epochs 1" "abnn --clean-epochs 1"
         "abnn --clean-epochs 1 --dataset moving-digits --arch conv3d"

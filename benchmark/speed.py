@@ -499,8 +499,9 @@ if __name__ == "__main__":
     torch.backends.cudnn.benchmark = True
     where = "one CPU thread" if on_cpu else torch.cuda.get_device_name(device)
     print(f"torch {torch.__version__}, {where};", *(f"{k}={v}" for k, v in preset.items()), flush=True)
-    result = dict(args=asdict(args), device=where, torch=torch.__version__, command=data.environment(device)["command"],
-                  forwards={}, times=[], gains=[], scripts=[], evaluation=[], loader=None, targets=[])  # fmt: skip
+    result = dict(args=asdict(args), device=where, torch=torch.__version__, forwards={}, times=[], gains=[], scripts=[],
+                  failed=[], evaluation=[], loader=None, targets=[])  # fmt: skip
+    result["command"] = data.environment(device)["command"].replace("speed.py", "benchmark/speed.py", 1)
 
     def keep():  # after each part: who stops this after some minutes has what was measured until then
         if args.out:
@@ -516,7 +517,13 @@ if __name__ == "__main__":
     # Past this limit, 8 by default, code runs eagerly in silence.
     torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 64, True
     for row, mode, compiled in settings:
-        entry = script_step(row, args, mode, compiled)
+        try:
+            entry = script_step(row, args, mode, compiled)
+        except Exception as error:  # the others are not lost for one row; the exit status tells
+            reason = f"{type(error).__name__}: {str(error)[:500]}"
+            result["failed"].append(f"{row}, {mode}{' compiled' * compiled}: {reason}")
+            print(f"  {result['failed'][-1]}", flush=True)
+            continue
         if row == "PGD-AT":
             rate = entry["floor_flops"] / entry["ms"] / 1e9
             epoch = data.steps_per_epoch(49_000, entry["samples"]) * entry["ms"] / 1e3
@@ -620,3 +627,4 @@ if __name__ == "__main__":
         print(f"  {what:<44}{f'{sign} {limit:g}':>9}{shown}")
     print(f"\n{time.time() - begun:.0f} s")
     keep()
+    sys.exit(bool(result["failed"]))

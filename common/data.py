@@ -356,25 +356,26 @@ def clip_batches(split, batch_size, *, seed, epoch, frames, flip=False, size=Non
     first = torch.randint(0, stored - frames + 1, (n,), generator=g)
     mirrored = torch.randint(0, 2, (n,), generator=g).bool()
     u = torch.rand(3, n, generator=g)
+    order, first, mirrored, u = (t.to(device) for t in (order, first, mirrored, u))  # one transfer an epoch
     side = min(height, width) * (scale[0] + (scale[1] - scale[0]) * u[0])
     left, top = u[1] * (width - side), u[2] * (height - side)
     # The frames of a batch as rows of one long film.
-    rows = ((order * stored + first)[:, None] + torch.arange(frames)).to(split.x.device)
+    rows = ((order * stored + first)[:, None] + torch.arange(frames, device=device)).to(split.x.device)
     for s, x in zip(slices, _fetch(split.x.flatten(0, 1), [rows[s].flatten() for s in slices], device, streamed)):
         index, x = order[s], x.unflatten(0, (-1, frames))
         if size:
             # grid_sample puts -1 and 1 at the outer edges of a frame.
-            at = (torch.arange(size) + 0.5) / size * side[s, None]
+            at = (torch.arange(size, device=device) + 0.5) / size * side[s, None]
             at_x, at_y = ((at + left[s, None]) * 2 / width - 1), ((at + top[s, None]) * 2 / height - 1)
-            grid = torch.stack(torch.broadcast_tensors(at_x[:, None, :], at_y[:, :, None]), -1).to(device)
+            grid = torch.stack(torch.broadcast_tensors(at_x[:, None, :], at_y[:, :, None]), -1)
             planes = x.permute(0, 1, 4, 2, 3).flatten(1, 2).float().div_(255)
             x = torch.nn.functional.grid_sample(planes, grid, padding_mode="border", align_corners=False)
             x = x.unflatten(1, (frames, 3)).transpose(1, 2)
         else:
             x = to_float(x)
         if flip:
-            x = torch.where(mirrored[s, None, None, None, None].to(device), x.flip(-1), x)
-        yield x, split.y[index.to(device)]
+            x = torch.where(mirrored[s, None, None, None, None], x.flip(-1), x)
+        yield x, split.y[index]
 
 
 def centre_clips(x, frames, size):

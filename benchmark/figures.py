@@ -139,7 +139,7 @@ def both(values):
 def robustness_curve(runs):
     """Accuracy against eps. The huge last eps is told in a note: an axis that reaches it would hide the others."""
     fig, ax = plt.subplots(figsize=(12, 6.5))
-    notes = [f"Of {both(run.results['evaluated'] for run in runs)} test images; bands: ± one standard error"]
+    notes = [f"Of {both(run.results['evaluated'] for run in runs)} test samples; bands: ± one standard error"]
     end = max(float(k) for run in runs for k in run.results["robustness_curve"] if float(k) < 4 * run.eps)
     far = {}  # what lies beyond
 

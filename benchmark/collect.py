@@ -43,7 +43,8 @@ def setting(script, info):
     if changed.get("control_of"):  # the folder, and the weight that comes from it, are another with each seed
         changed = {k: v for k, v in changed.items() if k not in ("method", "pairing_weight")} | {"control_of": "RUN"}
     shown = {k: f"{255 * v:g}/255" if k in ("eps", "step_size") else v for k, v in changed.items()}
-    flags = [f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in shown.items()]
+    flags = [f"--{'no-' * (v is False)}{k.replace('_', '-')}" + f" {v}" * (not isinstance(v, bool))
+             for k, v in shown.items()]
     return " ".join(([f"--preset {args['preset']}"] if args["preset"] != "fast" else []) + flags) or "default"
 
 

@@ -9,6 +9,7 @@ What stands between a marker and `<!-- end -->` belongs to this program:
     <!-- table: afa cifar10 reduced -->  settings on part of the training images, and only those
     <!-- curve: afa digits -->           PGD-20 accuracy against eps
     <!-- threats: abnn digits; ABNN -->  accuracy by attacker and attack
+    <!-- cost: abnn digits -->           seconds per epoch
     <!-- sweep: vfd_adv_sweep digits --> robust validation accuracy by lambda and base
     <!-- summary: digits -->             the rows of SUMMARY, of all methods
     <!-- value: afa digits; AFA; worst -->   one number, inside a sentence or a row
@@ -62,7 +63,7 @@ ATTACKERS = ("worst", "A ce", "A margin", "B ce", "B margin", "C ce", "C margin"
 ATTACKS = ("clean", "pgd", "roa", "roa_search", "af", "af_universal", "spa", "all")
 NOT_FRACTIONS = ("n50", "n90", "seconds", "at_over", "cka", "distance", "usefulness", "sample_weight")
 LAMBDA_0 = 6.4  # D/K of the embedded data: 64 features, ten classes
-MARKER = re.compile(r"<!-- (table|curve|threats|sweep|summary|value): ([^>]*?) -->(.*?)<!-- end -->", re.S)
+MARKER = re.compile(r"<!-- (table|cost|curve|threats|sweep|summary|value): ([^>]*?) -->(.*?)<!-- end -->", re.S)
 
 
 def name_of(script, setting):
@@ -105,13 +106,18 @@ def grid(head, lines):
 
 
 def table(source):
-    groups = read(source)
-    shown = [c for c in (*COLUMNS, *COST) if any(row.get(c) for rows in groups.values() for row in rows)]
+    groups = {name: rows for name, rows in read(source).items() if rows[0]["checkpoint"] != "cost"}
+    shown = [c for c in COLUMNS if any(row.get(c) for rows in groups.values() for row in rows)]
     lines = []
     for name, rows in groups.items():
         flags = rows[0]["setting"] if rows[0]["setting"] not in ("default", name) else ""
         lines.append([name, f"`{flags}`" if flags else "", len(rows), *(cell(rows, c) for c in shown)])
     return grid(["", "flags", "seeds", *shown], lines)
+
+
+def cost(source):
+    groups = {name: rows for name, rows in read(source).items() if rows[0]["checkpoint"] == "cost"}
+    return grid(["", *COST], [[name, *(cell(rows, c) for c in COST)] for name, rows in groups.items()])
 
 
 def curve(source):
@@ -165,7 +171,7 @@ def render(kind, source):
     if kind == "value":
         return value(source)
     try:
-        text = {"table": table, "curve": curve, "threats": threats, "sweep": sweep, "summary": summary}[kind](source)
+        text = {"table": table, "cost": cost, "curve": curve, "threats": threats, "sweep": sweep, "summary": summary}[kind](source)
     except KeyError:  # no run of this name
         text = ""
     return f"\n{text}\n" if text.count("\n") > 1 else f"\n*{MISSING}*\n"

@@ -15,6 +15,7 @@ import tyro
 from conftest import ROOT
 
 import aalp
+import abnn
 from benchmark import run
 from benchmark.collect import collect, measured, read, setting
 
@@ -45,6 +46,12 @@ def info(**arguments):
 ])  # fmt: skip
 def test_setting(arguments, expected):
     assert setting("aalp", info(**arguments)) == expected
+
+
+def test_setting_writes_switches_as_flags_and_zeros_as_numbers():
+    args = {**vars(abnn.Args()), **abnn.DIGITS, "compile": True, "equalised": False, "eps_warmup_epochs": 0.0}
+    assert setting("abnn", {"args": json.loads(json.dumps(args))}) == (
+        "--compile --eps-warmup-epochs 0.0 --no-equalised")
 
 
 def results(seed, command, **own):

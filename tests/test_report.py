@@ -37,7 +37,7 @@ def made_up(tmp_path, monkeypatch):
 def test_documents_agree_with_the_csv_files(path):
     text = path.read_text()
     assert report.rewrite(text) == text, f"{path.name} disagrees with results/: run python benchmark/report.py"
-    markers = re.findall(r"<!-- (?:end|(?:table|curve|threats|sweep|summary|value): .*?) -->", text)
+    markers = re.findall(r"<!-- (?:end|(?:table|cost|curve|threats|sweep|summary|value): .*?) -->", text)
     assert [m == "<!-- end -->" for m in markers] == [False, True] * (len(markers) // 2), "a marker without its end"
 
 

@@ -171,7 +171,8 @@ def render(kind, source):
     if kind == "value":
         return value(source)
     try:
-        text = {"table": table, "cost": cost, "curve": curve, "threats": threats, "sweep": sweep, "summary": summary}[kind](source)
+        text = {"table": table, "cost": cost, "curve": curve, "threats": threats, "sweep": sweep,
+                "summary": summary}[kind](source)
     except KeyError:  # no run of this name
         text = ""
     return f"\n{text}\n" if text.count("\n") > 1 else f"\n*{MISSING}*\n"

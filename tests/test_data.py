@@ -461,7 +461,7 @@ def test_cifar10(tmp_path, capsys):
     assert all(s.x.is_contiguous() for s in (d.train, d.val, d.test))  # the files hold it as (N, 3, H, W)
     out = capsys.readouterr().out
     assert out.count("\n") == 2 and all(line.startswith("warning:") for line in out.splitlines())
-    for part in ("data_batch_3", str(tmp_path), "cifar10-unofficial", "not the official", "30 training", "6 test"):
+    for part in ("data_batch_3", str(tmp_path), "cifar10-unofficial", "not the official", "30 for training", "6 for testing"):
         assert part in out
 
 
@@ -480,7 +480,7 @@ def test_cifar10_official(tmp_path, monkeypatch, capsys):
     assert d.name == "cifar10" and capsys.readouterr().out == "" and same_images(d.test, x[30:], y[30:])
     (tmp_path / "cifar-10-batches-py" / "data_batch_3").unlink()
     d = load("cifar10", tmp_path, val_size=5)
-    assert d.name == "cifar10-unofficial" and "24 training" in capsys.readouterr().out
+    assert d.name == "cifar10-unofficial" and "24 for training" in capsys.readouterr().out
 
 
 def md5(path):

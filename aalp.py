@@ -389,7 +389,7 @@ if __name__ == "__main__":
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, nesterov=True, fused=True,
                                 weight_decay=args.weight_decay)
     x_seen, y_seen = data.to_float(d.train.x[:256].to(device)), d.train.y[:256]  # where training is watched  [D5]
-    steps = data.steps_per_epoch(len(d.train.y), args.batch_size)
+    steps = data.steps_per_epoch(len(d.train.y), args.batch_size, shared=not args.eval_only)
     eps_test = args.eps or 8 / 255  # an undefended network is tested like the others
 
     # The run's folder.

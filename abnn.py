@@ -618,7 +618,7 @@ def evaluate_threats(net, x, y, known, args, part):
 
     Rows: `worst`, the per-image minimum of the others; threat model and loss; `no gradient`. All attack every image
     that is right without an attack, at the same positions, so that rows can be compared. Universal frames are learned
-    on `known` (x, y). Of several processes each attacks its share.
+    on `known` (x, y). Of several processes each draws for its share.
     """
     sources = {"C": net}
     if isinstance(net, ABNN):
@@ -786,7 +786,7 @@ if __name__ == "__main__":
         torch._dynamo.config.recompile_limit = 64  # modes, ends, precisions: beyond the limit it goes eager, silently
         net.compile()
     optimizer = optimizer_of(net, args)
-    steps = data.steps_per_epoch(len(d.train.y), args.batch_size)
+    steps = data.steps_per_epoch(len(d.train.y), args.batch_size, shared=not args.eval_only)
     eps_test = args.eps or 8 / 255  # an undefended network is tested like the others
 
     # The run's folder.

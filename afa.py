@@ -403,7 +403,7 @@ if __name__ == "__main__":
         slow = [dict(params=body, peak=args.gate_lr / 10)] if args.finetune == "all" else []
         optimizers[2] = torch.optim.Adam([dict(params=gate, peak=args.gate_lr), *slow])
     stages = [1] * args.epochs + [2] * args.gate_epochs * learned
-    steps = data.steps_per_epoch(len(d.train.y), args.batch_size)
+    steps = data.steps_per_epoch(len(d.train.y), args.batch_size, shared=not args.eval_only)
     eps_test = args.eps or 8 / 255  # an undefended network is tested like the others
 
     # The run's folder.

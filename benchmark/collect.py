@@ -10,6 +10,7 @@ import csv
 import importlib
 import json
 import os
+import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import tyro
 
 from common.data import UserError
 
-NOT_A_SETTING = {"dataset", "preset", "data_dir", "runs_dir", "seed", "device", "resume", "eval_only"}
+NOT_A_SETTING = {"dataset", "preset", "data_dir", "data_on", "runs_dir", "seed", "device", "resume", "eval_only"}
 
 
 @dataclass
@@ -45,7 +46,9 @@ def setting(script, info):
     shown = {k: f"{255 * v:g}/255" if k in ("eps", "step_size") else v for k, v in changed.items()}
     flags = [f"--{'no-' * (v is False)}{k.replace('_', '-')}" + f" {v}" * (not isinstance(v, bool))
              for k, v in shown.items()]
-    return " ".join(([f"--preset {args['preset']}"] if args["preset"] != "fast" else []) + flags) or "default"
+    processes = re.findall(r"--nproc-per-node[ =](\S+)", info.get("command", ""))  # BatchNorm sees other batches then
+    flags = [f"{n} processes" for n in processes] + [f"--preset {args['preset']}"] * (args["preset"] != "fast") + flags
+    return " ".join(flags) or "default"
 
 
 def measured(method):

@@ -1,4 +1,5 @@
-"""Run the commands on stdin, one a line, that have no row in a csv yet; add the rows of each run when it is finished.
+"""Run the commands on stdin, `python SCRIPT FLAGS` a line, that have no row in a csv yet; add the rows of each run when
+it is finished.
 
     echo python afa.py --seed 1 | python benchmark/run.py results/afa.csv
     bash benchmark/afa.sh digits --dry-run          # prints what is left to run

@@ -265,12 +265,12 @@ def to_float(x):
     return x if x.is_floating_point() else x.movedim(-1, 1).float().div_(255)
 
 
-def steps_per_epoch(n, batch_size):
+def steps_per_epoch(n, batch_size, shared=True):
     """Full batches in n images: the rest of an epoch is dropped, or is the only batch when batch_size exceeds n.
 
-    Raises UserError when several processes cannot share a batch evenly.
+    Raises UserError when several processes cannot share a batch evenly, where they are to (`shared`).
     """
-    if (size := min(batch_size, n)) % distributed.world():
+    if shared and (size := min(batch_size, n)) % distributed.world():
         raise UserError(f"{distributed.world()} processes cannot share a batch of {size} evenly: choose another "
                         f"{'--batch-size' if size == batch_size else '--train-size'}")  # fmt: skip
     return max(n // batch_size, 1)

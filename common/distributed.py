@@ -1,4 +1,4 @@
-"""One run on several GPUs: a process for each, started by `torchrun --nproc-per-node 8 afa.py ...`. Without torchrun
+"""One run on several GPUs: a process for each, started by `torchrun --nproc-per-node 4 afa.py ...`. Without torchrun
 nothing in here does anything, and a script computes the same bits as if its calls were not there.
 
 A third file beside data.py and pgd.py, because both use it, and whoever has one GPU need not read it.

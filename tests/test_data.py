@@ -461,7 +461,8 @@ def test_cifar10(tmp_path, capsys):
     assert all(s.x.is_contiguous() for s in (d.train, d.val, d.test))  # the files hold it as (N, 3, H, W)
     out = capsys.readouterr().out
     assert out.count("\n") == 2 and all(line.startswith("warning:") for line in out.splitlines())
-    for part in ("data_batch_3", str(tmp_path), "cifar10-unofficial", "not the official", "30 for training", "6 for testing"):
+    for part in ("data_batch_3", str(tmp_path), "cifar10-unofficial", "not the official", "30 for training",
+                 "6 for testing"):
         assert part in out
 
 

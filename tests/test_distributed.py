@@ -133,6 +133,7 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused(n, batch_size, flag, pr
     pretend(1, 3)
     with pytest.raises(data.UserError, match=f"3 processes cannot share a batch of {min(n, batch_size)}.*{flag}"):
         data.steps_per_epoch(n, batch_size)
+    assert data.steps_per_epoch(n, batch_size, shared=False) == max(n // batch_size, 1)  # of a run that is evaluated
 
 
 def test_one_gpu_by_name_is_refused_for_several_processes(pretend):

@@ -73,7 +73,7 @@ class Args:
     # --- Optimisation
     arch: Literal["preactresnet18", "wrn-34-10", "preactresnet8", "r3d18", "conv3d"] | None = None
     """network; the last two are for video"""
-    width: int | None = None  # channels of the first stage (None: 64, 160, 16, 64 and 8, in the order above)
+    width: int | None = None  # channels of the first stage (None: 64, 160, 16 and 8 of conv3d; r3d18 has its own)
     epochs: int | None = None  # passes over the training data
     batch_size: int | None = None  # images or clips a step
     lr: float | None = None  # peak learning rate of SGD with Nesterov momentum 0.9; the maps A have a tenth
@@ -332,14 +332,11 @@ class ABNN(nn.Module):
         self.substitute.fc = nn.Identity()  # its classifier is not used
         self.groups, self.head = groups_of(self.target, args.arch)
         self.taps, _ = groups_of(self.substitute, args.substitute_arch)
-        if len(self.groups) != len(self.taps):
-            raise data.UserError(f"S ({args.substitute_arch}) has {len(self.taps)} groups and T ({args.arch}) has "
-                                 f"{len(self.groups)}: choose two architectures with the same number")
         self.norms = nn.ModuleList()
         z = s = torch.zeros(1, 3, *[args.frames] * self.video, *[SIDES.get(args.dataset, 32)] * 2)
         self.eval()
         with torch.no_grad():  # zeros, for the shapes
-            for group, tap in zip(self.groups, self.taps):
+            for group, tap in zip(self.groups, self.taps, strict=True):
                 z, s = group(z), tap(s)
                 self.norms.append(AdaptiveBN(z.shape[1], s.shape[1:], args.statistics, args.moments, args.equalised))
         self.train()
@@ -381,7 +378,7 @@ def training_loss(net, x, y, args, rise=1.0, generator=None):
     if args.defense == "at":
         net.eval()  # the attack sees the running statistics, as at test time, and moves none of them
         step_size = args.step_size or 2.5 * args.eps / args.attack_steps
-        x = pgd(net, x, y, eps=rise * args.eps, step_size=rise * step_size, steps=args.attack_steps if args.eps else 0,
+        x = pgd(net, x, y, eps=rise * args.eps, step_size=rise * step_size, steps=args.attack_steps,
                 norm=args.norm, generator=generator)
     net.train()
     record = []
@@ -504,25 +501,32 @@ def clean_network(args, d, device):
 def find_substitute(args):
     """(args with the architecture of S, S itself where a run was named). Refuses what does not fit.  [D4]"""
     source, video, net = args.substitute, args.dataset in VIDEO, None
-    arch, width = args.substitute_arch, args.substitute_width
+    arch, width, of = args.substitute_arch, args.substitute_width, args.dataset if args.substitute == "self" else None
     if source == "self" or source in data.READERS:
         if source in (args.dataset, *VIDEO) or video and source != "self":
             raise data.UserError(f"--substitute {source} is not for {args.dataset}: use self, "
                                  f"{'kinetics' if video else 'another set of images, imagenet'} or a run's folder")
-        width = width or (None if arch else args.width)
-        return replace(args, substitute_arch=arch or args.arch, substitute_width=width), None
-    if arch or width:
+        arch, width = arch or args.arch, width or (None if arch else args.width)
+    elif arch or width:
         raise data.UserError(f"--substitute {source} has its own --substitute-arch and --substitute-width: "
                              "leave them out")
-    if source in PRETRAINED:
-        arch, of_video = PRETRAINED[source][0], source == "kinetics"
+    elif source in PRETRAINED:
+        arch = PRETRAINED[source][0]
     else:
         net, other, _ = load(source)
-        arch, width, of_video = other.arch, other.width, other.dataset in VIDEO
+        arch, width, of = other.arch, other.width, other.dataset
         if other.defense != "none":
             raise data.UserError(f"--substitute {source} was trained with --defense {other.defense}, not none")
-    if of_video != video:
-        raise data.UserError(f"--substitute {source} does not fit {args.dataset}: one is of images, the other of video")
+    if (arch in ("r3d18", "conv3d")) != video:
+        raise data.UserError(f"--substitute {source} ({arch}) does not fit {args.dataset}: one is of images, the other "
+                             "of video")
+    taps = {a: 1 + len(ARCHS[a][2]) if a in ARCHS else 5 for a in (arch, args.arch)}
+    if taps[arch] != taps[args.arch]:
+        raise data.UserError(f"S ({arch}) has {taps[arch]} groups and T ({args.arch}) has {taps[args.arch]}: choose "
+                             "two architectures with the same number")
+    if of == args.dataset:
+        print("note: the substitute learned from the same data as the target: a weaker premise than the paper's, whose "
+              "substitute knows other data", flush=True)
     return replace(args, substitute_arch=arch, substitute_width=width), net
 
 
@@ -577,7 +581,7 @@ PHYSICAL = ("pgd", "roa", "roa_search", "af", "af_universal", "spa")
 
 
 def sizes(args):
-    """Side of the square, width of the frame, number of pixels: the strength multiplies the areas.  [D6]"""
+    """Side of the square, width of the frame, number of pixels: the strength multiplies areas, and widths.  [D6]"""
     square, width, pixels = ATTACK_SIZES[args.dataset]
     k = args.attack_strength
     return {"roa": min(round(square * k**0.5), SIDES.get(args.dataset, 32)), "af": k * width, "spa": k * pixels}
@@ -588,7 +592,7 @@ def craft(name, source, x, y, args, generator, steps=30, loss="ce", frame=None):
 
     Outside the ball of PGD a pixel may take every value: 30 steps of .05 from grey, from random (frame) or from black.
     """
-    eps, size = args.eps or 8 / 255, sizes(args)
+    eps, size = args.eps, sizes(args)
     if name == "pgd":
         return pgd(source, x, y, eps=eps, step_size=eps / 4, steps=min(steps, 20), norm=args.norm, loss=loss,
                    generator=generator)
@@ -660,27 +664,25 @@ def verdict(table, classes):
     clean = table["worst"]["clean"]
     if clean <= 1.5 / classes:
         return f"right on {clean:.3f} without an attack, hardly more than by guessing: there is nothing to defend"
-    left = {name: min(table["C ce"][name], table["C margin"][name]) for name in PHYSICAL}
-    broken = [name for name in PHYSICAL if left[name] <= 0.02]
+    broken = [name for name in PHYSICAL if table["worst"][name] <= 0.02]
     if not broken:
         least = min(table["worst"][name] for name in PHYSICAL)
         return f"in the worst case over all attackers at least {least:.3f} is left under each attack"
     shown = [row for row in table if row[:2] in ("A ", "B ") and any(table[row][name] > 0.1 for name in broken)]
-    return (f"nothing is left under the full white box (C) of {', '.join(broken)}"
+    return (f"nothing is left in the worst case of {', '.join(broken)}"
             + (f": what the rows {', '.join(shown)} show is attackers who do not follow the gradient through S, not "
                "robustness" if shown else ""))
 
 
 def measure(net, x, y, eps, args, part):
     """PGD-20 accuracy against eps: of the network, of threat model A, and of the twin."""
-    models = {"model": (net, net)}
+    models = {"model": net}
     if isinstance(net, ABNN):
-        models |= {"A": (net, partial(net, detach=True)), "twin": (net.twin, net.twin)}
+        models |= {"A": partial(net, detach=True), "twin": net.twin}
     grid, curves = [eps * f for f in (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 3 / 2, 2, 8)], {}
-    for name, (model, source) in models.items():
+    for name, model in models.items():
         clean = survivors(model, x, y, eps=0, steps=0, batch_size=part)
-        left = {e: survivors(model, x, y, clean, eps=e, steps=20, norm=args.norm, source=source, batch_size=part)
-                for e in grid}
+        left = {e: survivors(model, x, y, clean, eps=e, steps=20, norm=args.norm, batch_size=part) for e in grid}
         curves[name] = {f"{255 * e:.4g}": mask.sum().item() / len(y) for e, mask in left.items()}
     return curves
 
@@ -689,7 +691,7 @@ def seconds_per_epoch(args, d, device, rounds=10):
     """{defense: seconds}: the median of steps that the three take in turn. PGD-10 whatever --attack-steps is.  [D8]"""
     runners, seconds, generator = {}, defaultdict(list), torch.Generator(device).manual_seed(0)
     for defense in ("none", "at", "abnn"):
-        own = replace(args, defense=defense, attack_steps=10, eps=args.eps or 8 / 255)
+        own = replace(args, defense=defense, attack_steps=10)
         net = build(own, len(d.classes)).to(device, memory_format=torch.channels_last)
         if args.compile:
             net.compile()
@@ -746,14 +748,21 @@ if __name__ == "__main__":
         if changed := [k for k, v in asdict(own).items() if k not in free and getattr(args, k) != v]:
             raise data.UserError(f"{run} had another value of {', '.join(changed)}: leave it out")
         data.same_processes(args.resume, state)
-    given = args
+    given, video = args, args.dataset in VIDEO
+    unused = ["frames", "split"] * (not video)
+    if args.defense != "abnn" and not args.compare_cost:
+        unused += ["substitute", "substitute_arch", "substitute_width", "statistics", "moments", "equalised",
+                   "align_weight"]
+    if ignored := [k for k in unused if getattr(args, k) != getattr(Args, k)] if not run else []:
+        raise data.UserError(f"--{', --'.join(ignored).replace('_', '-')} would do nothing here: leave it out")
     args = replace(args, **{k: v for k, v in PRESETS[args.dataset][args.preset].items() if getattr(args, k) is None})
-    data.check(args, frames=(1, math.inf), clean_epochs=(1, math.inf), substitute_width=(1, math.inf),
-               align_weight=(0, math.inf))
-    video = args.dataset in VIDEO
+    data.check(args, eps=(1e-9, math.inf), frames=(1, math.inf), clean_epochs=(1, math.inf),
+               substitute_width=(1, math.inf), align_weight=(0, math.inf))
     if (args.arch in ("r3d18", "conv3d")) != video:
         raise data.UserError(f"--arch {args.arch} is not for {args.dataset}: one is of images, the other of video")
-    if args.defense == "abnn" and not run or args.compare_cost and not args.substitute_arch:
+    if (args.width and args.arch == "r3d18") or (args.substitute_width and args.substitute_arch == "r3d18"):
+        raise data.UserError("r3d18 has a width of its own: leave --width and --substitute-width out")
+    if not run and (args.defense == "abnn" or args.compare_cost) or args.compare_cost and not args.substitute_arch:
         args, substitute = find_substitute(args)
     preset = {k: v for k, v in asdict(args).items() if v != getattr(given, k)}
 
@@ -787,7 +796,7 @@ if __name__ == "__main__":
         net.compile()
     optimizer = optimizer_of(net, args)
     steps = data.steps_per_epoch(len(d.train.y), args.batch_size, shared=not args.eval_only)
-    eps_test = args.eps or 8 / 255  # an undefended network is tested like the others
+    eps_test = args.eps
 
     # The run's folder.
     progress = dict(epoch=0, best=-1.0, train_seconds=0.0, history={})
@@ -813,9 +822,6 @@ if __name__ == "__main__":
     print(f"{run_dir}: {sum(p.numel() for p in net.parameters() if p.requires_grad):,} parameters to train, "
           f"{info['device']}, {what} to train, validate and test: {len(d.train.y)}, {len(y_val)}, {len(y_test)}; "
           "preset: " + ", ".join(f"{k} {v}" for k, v in preset.items()), flush=True)
-    if args.defense == "abnn" and args.substitute == "self":
-        print("note: the substitute learned from the same data as the target, with another seed: a weaker premise than "
-              "the paper's, whose substitute knows other data", flush=True)
 
     # Training.
     bar = tqdm(total=args.epochs * steps, initial=progress["epoch"] * steps,
@@ -828,7 +834,7 @@ if __name__ == "__main__":
         # Validation under the full white box. Robust accuracy chooses the best epoch of `at` alone: elsewhere few
         # samples will do.
         net.eval()
-        few, by_robust = min(256, 2 * part), args.defense == "at" and args.eps > 0
+        few, by_robust = min(256, 2 * part), args.defense == "at"
         n = None if by_robust else few
         clean = survivors(net, x_val, y_val, eps=0, steps=0, batch_size=part)
         robust = survivors(net, x_val[:n], y_val[:n], clean[:n], eps=eps_test, steps=10, norm=args.norm,

@@ -29,8 +29,7 @@ MISSING = "not yet measured"
 # Names of settings, in the order of the rows; a setting without a name has its flags for one, and comes last.
 NAMES = {
     "afa": {"default": "AFA", "--bn single": "PGD-AT", "--epochs 16 --bn single": "PGD-AT, 16 epochs",
-            "--epochs 48 --bn single": "PGD-AT, 48 epochs", "--eps 0/255 --bn single": "undefended",
-            "--train-size 20000 --test-size 300 --width 8 --gate-epochs 1": "AFA, an older setting"},
+            "--epochs 48 --bn single": "PGD-AT, 48 epochs", "--eps 0/255 --bn single": "undefended"},
     "aalp": {"default": "AALP, both modules", "--control-of RUN": "ALP, control: mean weight of AALP",
              "--method alp": "ALP", "--method alp --guided-dropout low": "ALP + guided dropout",
              "--method alp --guided-dropout random": "ALP + random dropout",

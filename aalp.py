@@ -377,7 +377,7 @@ if __name__ == "__main__":
 
     # Data, network, optimiser.
     device = data.device(args.device)
-    d = data.load(args.dataset, args.data_dir, device, args.train_size, args.val_size, args.test_size, args.data_on)
+    d = data.load_as(args, device)
     x_val, y_val, x_test, y_test = data.to_float(d.val.x), d.val.y, data.to_float(d.test.x), d.test.y
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU

@@ -125,7 +125,6 @@ PRESETS = {
     "moving-digits": {"fast": MOVING, "paper": MOVING},
     "ucf101": {"fast": UCF101, "paper": {**UCF101, "frames": 40, "batch_size": 8, "test_size": None}},
 }
-VIDEO = ("moving-digits", "ucf101")
 SIDES = {"tiny-imagenet": 64, "ucf101": 112}  # pixels a side; of the others 32
 # Side of ROA's square, width of AF's frame, number of SPA's pixels at --attack-strength 1: the authors' 30, 5 and 100
 # of 112 pixels, and their share of smaller images, except where an undefended network withstands them.  [D6]
@@ -326,7 +325,7 @@ class ABNN(nn.Module):
 
     def __init__(self, args, classes):
         super().__init__()
-        self.video = args.dataset in VIDEO
+        self.video = args.dataset in data.VIDEO
         self.target, self.twin = (plain_network(args.arch, args.width, classes) for _ in range(2))
         self.substitute = plain_network(args.substitute_arch, args.substitute_width, 1)
         self.substitute.fc = nn.Identity()  # its classifier is not used
@@ -418,7 +417,7 @@ def train_epoch(net, optimizer, d, args, epoch, bar=None):
     sums, steps = defaultdict(float), data.steps_per_epoch(len(d.train.y), args.batch_size)
     noise = distributed.seed(2_000_003 * args.seed + epoch)
     generator = torch.Generator(d.train.y.device).manual_seed(noise)
-    of_video = dict(frames=args.frames) if args.dataset in VIDEO else {}
+    of_video = dict(frames=args.frames) if args.dataset in data.VIDEO else {}
     batches = data.clip_batches if of_video else data.batches
     for i, (x, y) in enumerate(batches(d.train, args.batch_size, seed=args.seed, epoch=epoch, **d.augment, **of_video)):
         t = epoch + (i + 0.5) / steps  # epochs, at the middle of the step
@@ -441,12 +440,6 @@ def train_epoch(net, optimizer, d, args, epoch, bar=None):
     if not all(math.isfinite(v) for v in means.values()):
         raise data.UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {args.lr:g}")
     return means, factor
-
-
-def load_data(args, device):
-    options = dict(frames=args.frames, split=args.split) if args.dataset in VIDEO else {}
-    return data.load(args.dataset, args.data_dir, device, args.train_size, args.val_size, args.test_size, args.data_on,
-                     **options)
 
 
 def pretrained(name, net):
@@ -500,10 +493,10 @@ def clean_network(args, d, device):
 
 def find_substitute(args):
     """(args with the architecture of S, S itself where a run was named). Refuses what does not fit.  [D4]"""
-    source, video, net = args.substitute, args.dataset in VIDEO, None
+    source, video, net = args.substitute, args.dataset in data.VIDEO, None
     arch, width, of = args.substitute_arch, args.substitute_width, args.dataset if args.substitute == "self" else None
     if source == "self" or source in data.READERS:
-        if source in (args.dataset, *VIDEO) or video and source != "self":
+        if source in (args.dataset, *data.VIDEO) or video and source != "self":
             raise data.UserError(f"--substitute {source} is not for {args.dataset}: use self, "
                                  f"{'kinetics' if video else 'another set of images, imagenet'} or a run's folder")
         arch, width = arch or args.arch, width or (None if arch else args.width)
@@ -539,7 +532,7 @@ def assemble(net, args, d, device, substitute):
         substitute = clean_network(replace(its, seed=args.seed + 1000), d, device)
     elif substitute is None:
         its = replace(its, dataset=args.substitute, test_size=None)
-        substitute = clean_network(its, load_data(its, device), device)
+        substitute = clean_network(its, data.load_as(its, device), device)
     net.substitute.load_state_dict({k: v for k, v in substitute.state_dict().items() if not k.startswith("fc.")})
     clean = clean_network(args, d, device).state_dict()
     net.target.load_state_dict(clean), net.twin.load_state_dict(clean)
@@ -698,7 +691,7 @@ def seconds_per_epoch(args, d, device, rounds=10):
         runners[defense] = net, optimizer_of(net, own), own
     side = SIDES.get(args.dataset, 32)
     size = min(args.batch_size, len(d.train.y)) // distributed.world()
-    frames = [args.frames] if args.dataset in VIDEO else []
+    frames = [args.frames] if args.dataset in data.VIDEO else []
     # What is in the images does not matter to the clock; their memory format, that of `to_float`, does.
     x = torch.rand(size, *frames, side, side, 3, device=device).movedim(-1, 1)
     y = torch.randint(len(d.classes), (size,), device=device)
@@ -748,7 +741,7 @@ if __name__ == "__main__":
         if changed := [k for k, v in asdict(own).items() if k not in free and getattr(args, k) != v]:
             raise data.UserError(f"{run} had another value of {', '.join(changed)}: leave it out")
         data.same_processes(args.resume, state)
-    given, video = args, args.dataset in VIDEO
+    given, video = args, args.dataset in data.VIDEO
     unused = ["frames", "split"] * (not video)
     if args.defense != "abnn" and not args.compare_cost:
         unused += ["substitute", "substitute_arch", "substitute_width", "statistics", "moments", "equalised",
@@ -777,7 +770,7 @@ if __name__ == "__main__":
 
     # Data, network, optimizer.
     device = data.device(args.device)
-    d = load_data(args, device)
+    d = data.load_as(args, device)
     side = SIDES.get(args.dataset, 32)
     # Both as uint8, and floats of one part at a time: all test clips of ucf101 would take up to 23 GB.
     x_val, y_val = data.centre_clips(d.val.x, args.frames, side) if video else d.val.x, d.val.y

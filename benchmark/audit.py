@@ -544,14 +544,13 @@ def main():
     device = data.device(a.device)
     torch.backends.cudnn.allow_tf32 = False  # rounding to 10 bits would show up as false gradients
     net, args, *_ = script.load(a.run, device)
-    sizes = args.train_size, args.val_size, args.test_size
-    video = getattr(args, "frames", 1) > 1
-    options = dict(frames=args.frames, split=args.split) if video else {}
-    d = data.load(args.dataset, a.data_dir or args.data_dir, device, *sizes, **options)
+    d = data.load_as(args, device, a.data_dir)
     n = a.n or (QUICK if a.quick else FULL)["n"]
-    x, y, x_train = d.test.x[:n], d.test.y[:n], d.train.x[:20_000]
+    video = args.dataset in data.VIDEO
+    x, y = d.test.x[:n], d.test.y[:n]
+    x_train = d.train.x[: 2_000 if video else 20_000].to(device)  # training data may be in host memory
     if video:
-        x_train = data.centre_clips(x_train[:2_000], args.frames, x.shape[2])
+        x_train = data.centre_clips(x_train, args.frames, x.shape[2])
         net, x, x_train = OfClips(net, args.frames).eval(), x.flatten(1, 2), x_train.flatten(1, 2)
     x = data.to_float(x)
     eps, norm = eps or args.eps or 8 / 255, a.norm or args.norm

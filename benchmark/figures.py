@@ -627,9 +627,7 @@ def examples(runs):
         try:
             module = importlib.import_module(run.results["script"])
             net, args, _ = module.load(run.path, "cpu")
-            sizes = args.train_size, args.val_size, args.test_size
-            of_video = dict(frames=args.frames, split=args.split) if getattr(args, "frames", 1) > 1 else {}
-            d = data.load(args.dataset, args.data_dir, "cpu", *sizes, **of_video)
+            d = data.load_as(args, "cpu")
         except (data.UserError, ImportError) as error:
             return str(error)
         x, y, eps = data.to_float(d.test.x[:8]), d.test.y[:8], run.results["eps"]

@@ -256,6 +256,16 @@ def load(name, data_dir="data", device="cpu", train_size=None, val_size=1000, te
                 split(x_test, y_test, order_test[:test_size]), augment)  # fmt: skip
 
 
+VIDEO = ("moving-digits", "ucf101")  # the sets of clips
+
+
+def load_as(args, device, data_dir=None):
+    """The data set that the arguments of a script, or of a run, ask for; `data_dir` is in the place of theirs."""
+    options = dict(frames=args.frames, split=args.split) if args.dataset in VIDEO else {}
+    return load(args.dataset, data_dir or args.data_dir, device, args.train_size, args.val_size, args.test_size,
+                args.data_on, **options)  # fmt: skip
+
+
 # --- Batches
 
 

@@ -327,7 +327,7 @@ def load(run, device):
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten(), torch.nn.Linear(48, 10))
     return net.to(device).eval(), SimpleNamespace(
-        dataset="digits", data_dir="data", train_size=500, val_size=9, test_size=50,
+        dataset="digits", data_dir="data", data_on="auto", train_size=500, val_size=9, test_size=50,
         eps=2 / 255, norm="linf")
 def frozen_weights(net, args):
     return [net]

@@ -274,7 +274,7 @@ def test_the_audit_of_a_run_on_clips(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["benchmark/audit.py", str(run), "--device", "cpu"])
     audit.main()
     net, args, _ = abnn.load(run)
-    d = abnn.load_data(args, "cpu")
+    d = data.load_as(args, "cpu")
     clips = data.to_float(d.test.x)
     assert seen["x"].shape == (4, 3, 8 * 32, 32) and seen["eps"] == pytest.approx(4 / 255)
     assert torch.equal(seen["y"], d.test.y) and torch.equal(seen["x"][:, :, 32:64], clips[:, :, 1])

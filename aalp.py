@@ -12,7 +12,6 @@ Embedded data, 8/255, 3 seeds, worst case over all attacks: 81.8 % (ALP: 82.1, w
 
 import json
 import math
-import signal
 import sys
 import time
 from collections import defaultdict
@@ -117,11 +116,13 @@ class PreActBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         same_shape = in_channels == channels and stride == 1
-        self.shortcut = None if same_shape else nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+        self.shortcut, self.stride = None if same_shape else nn.Conv2d(in_channels, channels, 1, bias=False), stride
 
     def forward(self, x, *extra):
         out = F.relu(self.bn1(x, *extra))
-        shortcut = x if self.shortcut is None else self.shortcut(out)
+        # Every stride-th pixel, then the 1x1 convolution: with a stride of its own and few channels it writes past its
+        # memory on a CPU (github.com/uxlfoundation/oneDNN/issues/6035).
+        shortcut = x if self.shortcut is None else self.shortcut(F.avg_pool2d(out, 1, self.stride))
         out = F.relu(self.bn2(self.conv1(out), *extra))
         return self.conv2(out) + shortcut
 
@@ -325,20 +326,10 @@ def measure(net, x, y, eps, args):
 
 def load(run, device="cpu", name="best.pt"):
     """(net, args, state) of the checkpoint `name` in a run's folder, or of a .pt file; net in eval mode."""
-    path = Path(run, name) if Path(run).is_dir() else Path(run)
-    if not path.is_file():
-        raise data.UserError(f"there is no checkpoint {path}: name a run's folder or a .pt file (best.pt comes with "
-                             "the last stage, last.pt is there from the start)")
-    try:
-        state = data.read(path, device)
-        if state["script"] != SCRIPT:
-            raise ValueError(f"it is of {state['script']}.py")
+    with data.checkpoint_of(run, name, SCRIPT, device) as state:
         args = Args(**state["args"])
         net = build(args, state["classes"])
         net.load_state_dict(state["net"])
-    except Exception as error:  # whatever a damaged file or another architecture leads to
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise data.UserError(f"{path} is not a checkpoint that {SCRIPT}.py can use ({reason})") from None
     return net.to(device, memory_format=torch.channels_last).eval(), args, state
 
 
@@ -346,17 +337,12 @@ if __name__ == "__main__":
     # Arguments. A run that is continued or evaluated brings its own.
     distributed.start()  # with torchrun: one process for each GPU
     args = tyro.cli(Args, description=__doc__)
-    run = args.resume or args.eval_only
-    if args.resume and args.eval_only:
-        raise data.UserError("--resume continues a run, --eval-only evaluates one: choose")
+    run, run_dir = data.named_run(args)
+    data.on_interrupt(SCRIPT, None if args.eval_only else run_dir)
     if run:
         net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
         args = tyro.cli(Args, description=__doc__, default=own)
-        free = ["resume", "eval_only", "device", "data_dir", "data_on", "runs_dir", "compile"]
-        free += ["eps", "norm", "test_size"] if args.eval_only else []
-        if changed := [k for k, v in asdict(own).items() if k not in free and getattr(args, k) != v]:
-            raise data.UserError(f"{run} had another value of {', '.join(changed)}: leave it out")
-        data.same_processes(args.resume, state)
+        data.check_same(args, own, state)
     if args.control_of and not run:
         if args.pairing_weight is not None or args.method == "at":
             raise data.UserError("--control-of is ALP and sets --pairing-weight: leave out that, and --method at")
@@ -365,15 +351,6 @@ if __name__ == "__main__":
     preset = {k: v for k, v in preset.items() if getattr(args, k) is None}
     args = replace(args, **preset)
     data.check(args, pairing_weight=(0, math.inf), dropout_ratio=(0, 1), dropout_prob=(0, 1))
-
-    def interrupted(*_):
-        resumable = run_dir and (run_dir / "last.pt").exists() and not args.eval_only
-        after = f"to continue after the last finished epoch: {distributed.launcher()} {SCRIPT}.py --resume {run_dir}"
-        print("\ninterrupted; " + (after if resumable else "there is nothing to continue: start it again"))
-        raise SystemExit(130)
-
-    run_dir = data.run_folder(run) if run else None
-    signal.signal(signal.SIGINT, interrupted)
 
     # Data, network, optimiser.
     device = data.device(args.device)
@@ -412,6 +389,7 @@ if __name__ == "__main__":
         table = "\n".join(f"|{k}|{v}|" for k, v in {**info, **asdict(args)}.items())
         writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + table)
         checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
+        data.on_interrupt(SCRIPT, run_dir)
     print(f"{run_dir}: {sum(p.numel() for p in net.parameters()):,} parameters, {info['device']}, images to train, "
           f"validate and test: {len(d.train.y)}, {len(y_val)}, {len(y_test)}; preset: "
           + ", ".join(f"{k} {v}" for k, v in preset.items()), flush=True)
@@ -485,7 +463,8 @@ if __name__ == "__main__":
                     random_start=False)
         speed = steps * min(args.batch_size, len(d.train.y)) / seconds
         scalars |= {"charts/learning_rate": factor * args.lr,
-                    "charts/images_per_second": speed, "charts/epoch_seconds": time.time() - started}
+                    "charts/images_per_second": speed, "charts/epoch_seconds": time.time() - started,
+                    "charts/peak_memory_gb": data.peak_memory(device)}
         scalars |= {f"val/{k}": v for k, v in val.items()}
         scalars |= {f"attack/{k}": v for k, v in attack_metrics(net, x_few, y_few, x_adv).items()}
         scalars |= {f"aalp/{k}": v for k, v in seen.items()}
@@ -525,8 +504,8 @@ if __name__ == "__main__":
     method |= {"history": history, "mean_pairing_weight": args.pairing_weight * sum(w) / max(len(w), 1)}
     data.save(run_dir / ("eval.json" if args.eval_only else "results.json"), {
         **info, "eps": eps_test, "evaluated": len(y_test), "train_seconds": progress["train_seconds"],
-        "images_per_second": images / max(progress["train_seconds"], 1e-9), "checkpoints": table,
-        "robustness_curve": curve, "method": method})
+        "images_per_second": images / max(progress["train_seconds"], 1e-9),
+        "peak_memory_gb": data.peak_memory(device), "checkpoints": table, "robustness_curve": curve, "method": method})
     lines = [("checkpoint", *table[path.stem]), *((name, *row.values()) for name, row in table.items()), (),
              ("PGD-20 at eps", "accuracy"), *((f"{k}/255", v) for k, v in curve.items()), (),
              ("O1, test", "clean", "adversarial"),

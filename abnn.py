@@ -12,10 +12,7 @@ Embedded images, 8/255, 3 seeds: who leaves the gradient through the substitute 
 0.0 %. Clean 96.5 %, adversarial training 88.5 %. Embedded video, 4/255: 91.2 and 0.0 %.
 """
 
-import hashlib
-import json
 import math
-import signal
 import sys
 import time
 from collections import defaultdict
@@ -152,11 +149,13 @@ class PreActBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         same_shape = in_channels == channels and stride == 1
-        self.shortcut = None if same_shape else nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+        self.shortcut, self.stride = None if same_shape else nn.Conv2d(in_channels, channels, 1, bias=False), stride
 
     def forward(self, x, *extra):
         out = F.relu(self.bn1(x, *extra))
-        shortcut = x if self.shortcut is None else self.shortcut(out)
+        # Every stride-th pixel, then the 1x1 convolution: with a stride of its own and few channels it writes past its
+        # memory on a CPU (github.com/uxlfoundation/oneDNN/issues/6035).
+        shortcut = x if self.shortcut is None else self.shortcut(F.avg_pool2d(out, 1, self.stride))
         out = F.relu(self.bn2(self.conv1(out), *extra))
         return self.conv2(out) + shortcut
 
@@ -469,15 +468,9 @@ def clean_network(args, d, device):
     kept = ("arch", "width", "epochs", "batch_size", "lr", "milestones", "weight_decay", "train_size", "val_size",
             "bf16", "frames", "split", "seed")  # all that makes another network
     key = {"data": d.name, "start": start, **{k: getattr(args, k) for k in kept}}
-    key = json.dumps(key | ({"processes": distributed.world()} if distributed.world() > 1 else {}))
-    name = f"{d.name}__{args.arch}__{args.seed}__{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt"
-    path = Path(args.runs_dir, "substitutes", name)
+    path = data.cache_file(args.runs_dir, "substitutes", f"{d.name}__{args.arch}__{args.seed}", key)
     if distributed.agree(path.exists()):
         return load(path, device)[0]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise data.UserError(f"--runs-dir {args.runs_dir} cannot be used: {error}") from None
     torch.manual_seed(args.seed)
     net = build(args, len(d.classes))
     net = (pretrained(start, net) if start else net).to(device, memory_format=torch.channels_last)
@@ -709,20 +702,10 @@ def seconds_per_epoch(args, d, device, rounds=10):
 
 def load(run, device="cpu", name="best.pt"):
     """(net, args, state) of the checkpoint `name` in a run's folder, or of a .pt file; net in eval mode."""
-    path = Path(run, name) if Path(run).is_dir() else Path(run)
-    if not path.is_file():
-        raise data.UserError(f"there is no checkpoint {path}: name a run's folder or a .pt file (best.pt comes with "
-                             "the last stage, last.pt is there from the start)")
-    try:
-        state = data.read(path, device)
-        if state["script"] != SCRIPT:
-            raise ValueError(f"it is of {state['script']}.py")
+    with data.checkpoint_of(run, name, SCRIPT, device) as state:
         args = Args(**state["args"])
         net = build(args, state["classes"])
         net.load_state_dict(state["net"])
-    except Exception as error:  # whatever a damaged file or another architecture leads to
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise data.UserError(f"{path} is not a checkpoint that {SCRIPT}.py can use ({reason})") from None
     return net.to(device, memory_format=torch.channels_last).eval(), args, state
 
 
@@ -730,17 +713,12 @@ if __name__ == "__main__":
     # Arguments. A run that is continued or evaluated brings its own.
     distributed.start()  # with torchrun: one process for each GPU
     args = tyro.cli(Args, description=__doc__)
-    run = args.resume or args.eval_only
-    if args.resume and args.eval_only:
-        raise data.UserError("--resume continues a run, --eval-only evaluates one: choose")
+    run, run_dir = data.named_run(args)
+    data.on_interrupt(SCRIPT, None if args.eval_only else run_dir)
     if run:
         net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
         args = tyro.cli(Args, description=__doc__, default=own)
-        free = ["resume", "eval_only", "device", "data_dir", "data_on", "runs_dir", "compile", "compare_cost"]
-        free += ["eps", "norm", "test_size", "attack_strength"] if args.eval_only else []
-        if changed := [k for k, v in asdict(own).items() if k not in free and getattr(args, k) != v]:
-            raise data.UserError(f"{run} had another value of {', '.join(changed)}: leave it out")
-        data.same_processes(args.resume, state)
+        data.check_same(args, own, state, free=["compare_cost"], free_in_test=["attack_strength"])
     given, video = args, args.dataset in data.VIDEO
     unused = ["frames", "split"] * (not video)
     if args.defense != "abnn" and not args.compare_cost:
@@ -758,15 +736,6 @@ if __name__ == "__main__":
     if not run and (args.defense == "abnn" or args.compare_cost) or args.compare_cost and not args.substitute_arch:
         args, substitute = find_substitute(args)
     preset = {k: v for k, v in asdict(args).items() if v != getattr(given, k)}
-
-    def interrupted(*_):
-        resumable = run_dir and (run_dir / "last.pt").exists() and not args.eval_only
-        after = f"to continue after the last finished epoch: {distributed.launcher()} {SCRIPT}.py --resume {run_dir}"
-        print("\ninterrupted; " + (after if resumable else "there is nothing to continue: start it again"))
-        raise SystemExit(130)
-
-    run_dir = data.run_folder(run) if run else None
-    signal.signal(signal.SIGINT, interrupted)
 
     # Data, network, optimizer.
     device = data.device(args.device)
@@ -811,6 +780,7 @@ if __name__ == "__main__":
         table = "\n".join(f"|{k}|{v}|" for k, v in {**info, **asdict(args)}.items())
         writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + table)
         checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
+        data.on_interrupt(SCRIPT, run_dir)
     what = "clips" if video else "images"
     print(f"{run_dir}: {sum(p.numel() for p in net.parameters() if p.requires_grad):,} parameters to train, "
           f"{info['device']}, {what} to train, validate and test: {len(d.train.y)}, {len(y_val)}, {len(y_test)}; "
@@ -839,7 +809,8 @@ if __name__ == "__main__":
                     random_start=False)
         speed = steps * min(args.batch_size, len(d.train.y)) / seconds
         scalars |= {"charts/learning_rate": factor * args.lr,
-                    "charts/images_per_second": speed, "charts/epoch_seconds": time.time() - started}
+                    "charts/images_per_second": speed, "charts/epoch_seconds": time.time() - started,
+                    "charts/peak_memory_gb": data.peak_memory(device)}
         scalars |= {f"val/{k}": v for k, v in val.items()}
         scalars |= {f"attack/{k}": v for k, v in attack_metrics(net, x_few, y_few, x_adv).items()}
         if args.defense == "abnn":  # how far the statistics of T are from those of S: does it learn to align them?
@@ -893,8 +864,9 @@ if __name__ == "__main__":
         method["seconds_per_epoch"] = cost
     data.save(run_dir / ("eval.json" if args.eval_only else "results.json"), {
         **info, "eps": eps_test, "evaluated": len(y_test), "train_seconds": progress["train_seconds"],
-        "images_per_second": images / max(progress["train_seconds"], 1e-9), "checkpoints": table,
-        "robustness_curve": curves["model"], "method": method})
+        "images_per_second": images / max(progress["train_seconds"], 1e-9),
+        "peak_memory_gb": data.peak_memory(device), "checkpoints": table, "robustness_curve": curves["model"],
+        "method": method})
     columns = ("clean", *PHYSICAL, "all")
     lines = [("checkpoint", *table[path.stem]), *((name, *row.values()) for name, row in table.items()), (),
              ("PGD-20 at eps", *curves), *((f"{k}/255", *(c[k] for c in curves.values())) for k in curves["model"]), (),

@@ -75,8 +75,9 @@ def rows(run, validation=False):
         print(f"warning: left out, for it has not finished: {run} has no {Path(error.filename).name}", file=sys.stderr)
         return
     shared = {k: results[k] for k in ("script", "dataset", "seed")} | {"setting": setting(results["script"], info)}
-    names = ("evaluated", "train_seconds", "images_per_second", "device", "python", "torch", "commit", "command")
-    rest = {k: results[k] for k in names}
+    names = ("evaluated", "train_seconds", "images_per_second", "peak_memory_gb", "device", "python", "torch", "commit",
+             "command")
+    rest = {k: results.get(k) for k in names}  # runs of earlier versions did not measure their memory
     words = shlex.split(info["command"])  # that began the run, without the folders of the machine that ran it
     for flag in ("--runs-dir", "--data-dir"):
         while flag in words:

@@ -51,7 +51,7 @@ TINY = ("--dataset tiny-imagenet --train-size 72 --val-size 12 --test-size 1 --a
         "--batch-size 24 --device cpu")
 OWN = {"afa": "--attack-steps 2 --gate-epochs 1", "aalp": "--attack-steps 2",
        "vfd_adv": "--attack-steps 2 --teacher-epochs 1", "abnn": "--substitute self --clean-epochs 1"}
-VARYING = ("command", "train_seconds", "images_per_second")  # of results.json: no two runs have the same
+VARYING = ("command", "train_seconds", "images_per_second", "peak_memory_gb")  # of results.json: no run repeats them
 @dataclass
 class Args:
     script: Literal["afa", "aalp", "vfd_adv", "abnn"] = "afa"

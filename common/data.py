@@ -17,6 +17,7 @@ import os
 import pickle
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -116,6 +117,31 @@ def read(path, device):
     return torch.load(path, map_location=device, weights_only=True)
 
 
+@contextmanager
+def usable(path, otherwise):
+    """Whatever a damaged or a wrong file leads to in here raises UserError: the path, `otherwise`, and why."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{path} {otherwise} ({reason})") from None
+
+
+@contextmanager
+def checkpoint_of(run, name, script, device):
+    """The content of the checkpoint `name` in a run's folder, or of a .pt file, for a with block that makes a network
+    of it. Raises UserError when there is none, when it is of another script, or when the block fails."""
+    path = Path(run, name) if Path(run).is_dir() else Path(run)
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}: name a run's folder or a .pt file (best.pt comes with the "
+                        "last stage, last.pt is there from the start)")  # fmt: skip
+    with usable(path, f"is not a checkpoint that {script}.py can use"):
+        state = read(path, device)
+        if state["script"] != script:
+            raise ValueError(f"it is of {state['script']}.py")
+        yield state
+
+
 def check(args, **own):
     """Refuse arguments outside their range: those of every script, and a script's `own`, as name=(lowest, highest).
 
@@ -149,23 +175,64 @@ def new_folder(parent, name):
     return distributed.agree(path)
 
 
-def run_folder(run):
-    """The folder of a run that is named by it or by a .pt file in it. Raises UserError when it is read-only."""
-    path = Path(run) if Path(run).is_dir() else Path(run).parent
-    if not os.access(path, os.W_OK):
-        raise UserError(f"{path} cannot be written to: copy it to where that is possible, and name the copy")
+def cache_file(runs_dir, kind, name, key, content=()):
+    """runs_dir/kind/name__hash.pt, its folder made: where a trained network is kept, to be found by runs to come.
+
+    The hash is of `key`, all that would make it another network, of the tensors `content`, and of the number of
+    processes. Raises UserError when the folder cannot be made.
+    """
+    key = key | ({"processes": distributed.world()} if distributed.world() > 1 else {})
+    digest = hashlib.sha256(json.dumps(key).encode())
+    for tensor in content:
+        digest.update(tensor.cpu().numpy())
+    path = Path(runs_dir, kind, f"{name}__{digest.hexdigest()[:12]}.pt")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--runs-dir {runs_dir} cannot be used: {error}") from None
     return path
 
 
-def same_processes(run, state):
-    """Raise UserError when `run` is to be resumed by another number of processes than its checkpoint is of.
+def named_run(args):
+    """(what the arguments name with --resume or --eval-only, its folder), or (None, None). Raises UserError for both
+    flags, for a run that is not there, and for a folder that is read-only."""
+    run = args.resume or args.eval_only
+    if args.resume and args.eval_only:
+        raise UserError("--resume continues a run, --eval-only evaluates one: choose")
+    path = Path(run or ".")
+    folder = path if path.is_dir() else path.parent
+    if run and folder.is_dir() and not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} cannot be written to: copy it to where that is possible, and name the copy")
+    return run, folder if run else None
 
-    Noise and the batches of BatchNorm would not be those of the run any more.
+
+def check_same(args, own, state, free=(), free_in_test=()):
+    """Raise UserError unless `args` are the arguments `own` of the run that they resume or evaluate, but for those
+    that say where and how to work; and unless as many processes resume a run as its checkpoint is of.
+
+    With others the noise, and the batches of BatchNorm, would not be those of the run any more.
     """
-    processes = state.get("processes", 1)
-    if run and processes != distributed.world():
+    free = ["resume", "eval_only", "device", "data_dir", "data_on", "runs_dir", "compile", *free]
+    free += ["eps", "norm", "test_size", *free_in_test] if args.eval_only else []
+    run, processes = args.resume or args.eval_only, state.get("processes", 1)
+    if changed := [k for k, v in vars(own).items() if k not in free and getattr(args, k) != v]:
+        raise UserError(f"{run} had another value of {', '.join(changed)}: leave it out")
+    if args.resume and processes != distributed.world():
         raise UserError(f"{run} was trained by {processes} process{'es'[: 2 * (processes > 1)]}, not "
                         f"{distributed.world()}: resume it with {distributed.launcher(processes)}")  # fmt: skip
+
+
+def on_interrupt(script, run_dir=None):
+    """From here on Ctrl-C ends the program, status 130, with a line that says how to go on: with the run in `run_dir`,
+    once it has a checkpoint."""
+
+    def interrupted(*_):
+        after = f"to continue after the last finished epoch: {distributed.launcher()} {script}.py --resume {run_dir}"
+        resumable = run_dir and (run_dir / "last.pt").exists()
+        print("\ninterrupted; " + (after if resumable else "there is nothing to continue: start it again"))
+        raise SystemExit(130)
+
+    signal.signal(signal.SIGINT, interrupted)
 
 
 def device(name):
@@ -184,6 +251,17 @@ def device(name):
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def peak_memory(device):
+    """The most memory so far in GB: of tensors on a GPU, of the whole process on the CPU (0 where nobody tells)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def environment(device):

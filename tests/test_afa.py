@@ -35,6 +35,21 @@ def x():
     return torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
+def test_a_narrow_block_has_right_gradients():
+    """oneDNN's own 1x1 convolution with a stride crashes here on one processor and gives wrong numbers on another."""
+    torch.manual_seed(0)
+    block = afa.PreActBlock(4, 8, 2, nn.BatchNorm2d).to(memory_format=torch.channels_last)
+    x = torch.randn(128, 16, 16, 4).movedim(-1, 1)
+    again = afa.PreActBlock(4, 8, 2, nn.BatchNorm2d).double()  # no oneDNN in double precision
+    again.load_state_dict(block.state_dict())
+    for net, images in ((block, x), (again, x.double())):
+        out = net(images)
+        assert out.shape == (128, 8, 8, 8)
+        out.square().mean().backward()
+    for (name, p), q in zip(block.named_parameters(), again.parameters()):
+        torch.testing.assert_close(p.grad.double(), q.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
 def test_fusion_is_the_weighted_sum_of_both_batchnorms():
     norm = make().bn
     x, w = torch.randn(5, 16, 7, 3) * 3 + 1, torch.rand(5)

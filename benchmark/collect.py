@@ -2,8 +2,8 @@
 
     python benchmark/collect.py results/afa.csv runs/digits__afa__*
 
-Rows come from results.json and args.json alone, nothing is typed in. Rows that are in the csv already are kept, and
-replaced where the same command was run again on the same seed.
+Rows come from results.json and args.json alone, and from audit.json where benchmark/audit.py has left one; nothing is
+typed in. Rows that are in the csv already are kept, and replaced where the same command was run again on the same seed.
 """
 
 import csv
@@ -66,6 +66,17 @@ def measured(method):
     return columns | method.get("test", {}) | method.get("distance", {})
 
 
+def audited(run):
+    """What benchmark/audit.py has left of the best checkpoint, on how many images, and what it warned of."""
+    path = Path(run) / "audit.json"
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text())
+    mode = "quick" if found["quick"] else "full" if found["autoattack"] is not None else "without AutoAttack"
+    return {"audit": found["worst"], "audit_mode": mode, "audit_evaluated": found["evaluated"],
+            "audit_warnings": "; ".join(found["warnings"])}
+
+
 def rows(run, validation=False):
     """The rows of a run's folder, each a dict. Measuring the cost (`--compare-cost`) gives one row, of seconds alone:
     its accuracies are not those of a run that trains to the end."""
@@ -97,7 +108,7 @@ def rows(run, validation=False):
     else:
         for name, row in results["checkpoints"].items():
             curve = {f"pgd20@{k}": v for k, v in results["robustness_curve"].items()} if name == "best" else {}
-            own = measured(method) if name == "best" else {}
+            own = {**measured(method), **audited(run)} if name == "best" else {}
             yield {**shared, "checkpoint": name, **row, **curve, **eps, **rest, **own}
 
 

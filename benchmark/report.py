@@ -9,6 +9,7 @@ What stands between a marker and `<!-- end -->` belongs to this program:
     <!-- table: afa cifar10 reduced -->  settings on part of the training images, and only those
     <!-- curve: afa digits -->           PGD-20 accuracy against eps
     <!-- threats: abnn digits; ABNN -->  accuracy by attacker and attack
+    <!-- audits: afa digits -->          runs that were audited: what the script's attacks leave, and the audit's
     <!-- cost: abnn digits -->           seconds per epoch
     <!-- sweep: vfd_adv_sweep digits --> robust validation accuracy by lambda and base
     <!-- summary: digits -->             the rows of SUMMARY, of all methods
@@ -62,7 +63,7 @@ ATTACKERS = ("worst", "A ce", "A margin", "B ce", "B margin", "C ce", "C margin"
 ATTACKS = ("clean", "pgd", "roa", "roa_search", "af", "af_universal", "spa", "all")
 NOT_FRACTIONS = ("n50", "n90", "seconds", "at_over", "cka", "distance", "usefulness", "sample_weight")
 LAMBDA_0 = 6.4  # D/K of the embedded data: 64 features, ten classes
-MARKER = re.compile(r"<!-- (table|cost|curve|threats|sweep|summary|value): ([^>]*?) -->(.*?)<!-- end -->", re.S)
+MARKER = re.compile(r"<!-- (table|audits|cost|curve|threats|sweep|summary|value): ([^>]*?) -->(.*?)<!-- end -->", re.S)
 
 
 def name_of(script, setting):
@@ -112,6 +113,16 @@ def table(source):
         flags = rows[0]["setting"] if rows[0]["setting"] not in ("default", name) else ""
         lines.append([name, f"`{flags}`" if flags else "", len(rows), *(cell(rows, c) for c in shown)])
     return grid(["", "flags", "seeds", *shown], lines)
+
+
+def audits(source):
+    lines = []
+    for name, rows in read(source).items():
+        for row in rows:
+            if row.get("audit"):
+                lines.append([name, row["seed"], cell([row], "worst"), row["evaluated"], cell([row], "audit"),
+                              row["audit_evaluated"], row["audit_mode"], row["audit_warnings"] or "none"])
+    return grid(["", "seed", "worst", "images", "audit", "images", "mode", "warnings"], lines)
 
 
 def cost(source):
@@ -170,7 +181,7 @@ def render(kind, source):
     if kind == "value":
         return value(source)
     try:
-        text = {"table": table, "cost": cost, "curve": curve, "threats": threats, "sweep": sweep,
+        text = {"table": table, "audits": audits, "cost": cost, "curve": curve, "threats": threats, "sweep": sweep,
                 "summary": summary}[kind](source)
     except KeyError:  # no run of this name
         text = ""

@@ -4,6 +4,9 @@ it is finished.
     echo python afa.py --seed 1 | python benchmark/run.py results/afa.csv
     bash benchmark/afa.sh digits --dry-run          # prints what is left to run
 
+With `--audit quick` or `--audit full` each run that has no audit yet gets one (benchmark/audit.py), of the best
+checkpoint; runs in the csv too, as long as their folders are there.
+
 A list that was killed is started again and goes on where it was. What is done is told by script, data set, setting and
 seed, as benchmark/collect.py does; files that are not the official ones of a data set (`svhn-unofficial`) count for it.
 A finished folder in the commands' --runs-dir is collected and not run again: to repeat a run, delete its rows and its
@@ -18,6 +21,7 @@ import sys
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -32,6 +36,7 @@ from common.data import UserError  # noqa: E402
 class Args:
     out: tyro.conf.Positional[Path]  # csv of the results
     dry_run: bool = False  # print the commands that would run, and run none
+    audit: Literal["no", "quick", "full"] = "no"  # audit the runs, and add that to their rows
     also: str = ""  # flags for all commands, as in --also="--data-dir /data --device cuda:1"
     validation: bool = False  # accuracies on validation images, as in benchmark/collect.py
 
@@ -59,6 +64,15 @@ def finished(wanted, runs_dir):
     return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
 
 
+def execute(words):
+    """Run a command, python and a script of this repository; a bad status ends the list."""
+    print(f"\n$ {shlex.join(words)}", flush=True)
+    command = [sys.executable, ROOT / words[1], *words[2:]]
+    if status := subprocess.run(command, stdin=subprocess.DEVNULL).returncode:  # stdin is the list
+        print(f"the list ends here: status {status} from {shlex.join(words)}", file=sys.stderr)
+        raise SystemExit(status)
+
+
 def run(words, args, folders):
     """Run a command unless its run is finished; its rows go into the csv, its folder into `folders`, by identity."""
     wanted, runs_dir = parse(words)
@@ -72,23 +86,26 @@ def run(words, args, folders):
     if args.dry_run:
         print(f"# finished: {folder}" if folder else shlex.join(words))
     elif not folder:
-        print(f"\n$ {shlex.join(words)}", flush=True)
-        command = [sys.executable, ROOT / words[1], *words[2:]]
-        status = subprocess.run(command, stdin=subprocess.DEVNULL).returncode  # stdin is the list
-        if status:
-            print(f"the list ends here: status {status} from {shlex.join(words)}", file=sys.stderr)
-            raise SystemExit(status)
+        execute(words)
         if not (folder := finished(wanted, runs_dir)):
             raise UserError(f"{shlex.join(words)} left no finished run in {runs_dir}")
     if not args.dry_run:
+        if args.audit != "no" and not (folder / "audit.json").exists():
+            execute(["python", "benchmark/audit.py", str(folder), *["--quick"] * (args.audit == "quick")])
         collect(args.out, [folder], args.validation)
     folders[wanted] = folder or "RUN"
 
 
 def main(args, lines):
     commands = [shlex.split(line) + shlex.split(args.also) for line in lines]
-    done = {identity(*k[:4]) for k in read(args.out)}
-    left, folders = [words for words in commands if parse(words)[0] not in done], {}
+    # Rows without an audit count as missing if one is asked for, and can be had: the run's folder is there.
+    done = {identity(*k[:4]): args.audit == "no" or row.get("audit") for k, row in read(args.out).items()
+            if k[4] != "last"}
+    left, folders = [], {}
+    for words in commands:
+        wanted, runs_dir = parse(words)
+        if wanted not in done or not done[wanted] and finished(wanted, runs_dir):
+            left.append(words)
     print(f"{len(left)} of {len(commands)} runs are missing in {args.out}", file=sys.stderr)
     for words in left:
         run(words, args, folders)

@@ -6,6 +6,7 @@ import json
 import os
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -162,6 +163,43 @@ def test_a_list_that_stopped_goes_on_where_it_was(tmp_path, monkeypatch, capfd):
     run.main(run.Args(out), lines)
     run.main(run.Args(out), lines)
     assert log.read_text().splitlines() == ran and len(read(out)) == 8
+
+
+FAKE_AUDIT = """import json, sys
+from pathlib import Path
+with open("log", "a") as f:
+    print("audit", *sys.argv[2:], file=f)
+Path(sys.argv[1], "audit.json").write_text(json.dumps(dict(
+    worst=0.05, evaluated=10, quick="--quick" in sys.argv, autoattack=None, warnings=["a", "b c"])))
+"""
+
+
+def test_a_list_audits_its_runs_and_those_in_the_csv_once(tmp_path, monkeypatch, capfd):
+    (tmp_path / "aalp.py").write_text(FAKE)
+    (tmp_path / "benchmark").mkdir()
+    (tmp_path / "benchmark" / "audit.py").write_text(FAKE_AUDIT)
+    for seed in (1, 2):
+        folder = tmp_path / "made" / str(seed)
+        folder.mkdir(parents=True)
+        (folder / "args.json").write_text(json.dumps({"command": "python aalp.py", "seed": seed} | info(seed=seed)))
+        (folder / "results.json").write_text(json.dumps(results(seed, "python aalp.py")))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    out, lines = tmp_path / "out.csv", ["python aalp.py --seed 1", "python aalp.py --seed 2"]
+    run.main(run.Args(out), lines[:1])
+    for _ in range(2):
+        run.main(run.Args(out, audit="quick"), lines)
+    assert (tmp_path / "log").read_text().splitlines() == ["--seed 1", "audit --quick", "--seed 2", "audit --quick"]
+    found = {(k[3], k[4]): (row["audit"], row["audit_mode"], row["audit_evaluated"], row["audit_warnings"])
+             for k, row in read(out).items()}
+    assert found["1", "best"] == found["2", "best"] == ("0.05", "quick", "10", "a; b c")
+    assert found["1", "last"] == ("", "", "", "")
+
+    shutil.rmtree(tmp_path / "runs")  # a run that was audited stays done, and one whose folder is gone is not repeated
+    out.write_text(out.read_text().replace("0.05", ""))
+    capfd.readouterr()
+    run.main(run.Args(out, audit="quick"), lines)
+    assert "0 of 2 runs" in capfd.readouterr().err
 
 
 LISTS = {name: parts.split() for name, parts in (

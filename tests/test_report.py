@@ -109,6 +109,14 @@ def test_two_settings_of_one_name_are_never_averaged(made_up):
     assert [row.split(" | ")[2:] for row in rows] == [["1", "10.0 |"], ["1", "30.0 |"]]
 
 
+def test_audits_have_a_row_for_each_run_that_was_audited(made_up):
+    seen = dict(audit=0.1, audit_mode="quick", audit_evaluated=200, audit_warnings="losses agree")
+    made_up("afa", [dict(setting="default", worst=0.2, evaluated=500, seed=1, **seen),
+                    dict(setting="default", worst=0.3, evaluated=500, seed=2)])
+    assert report.audits("afa digits").splitlines()[2:] == [
+        "| AFA | 1 | 20.0 | 500 | 10.0 | 200 | quick | losses agree |"]
+
+
 def test_curves_and_sweep(made_up):
     made_up("afa", [{"setting": "default", "pgd20@0": 0.9, "pgd20@16": 0.1, "w=0 pgd20@0": 1.0, "w=0 pgd20@16": 0.0}])
     assert report.curve("afa digits").splitlines() == [

@@ -777,7 +777,7 @@ if __name__ == "__main__":
     writer = None if args.eval_only else Writer(run_dir, purge_step=progress["epoch"] * steps + 1)
     if not run:
         data.save(run_dir / "args.json", {**info, "args": asdict(args), "preset": [*preset]})  # what was left out
-        table = "\n".join(f"|{k}|{v}|" for k, v in {**info, **asdict(args)}.items())
+        table = "\n".join(f"|{k}|{v}|" for k, v in {**asdict(args), **info}.items())
         writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + table)
         checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
         data.on_interrupt(SCRIPT, run_dir)

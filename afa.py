@@ -402,7 +402,7 @@ if __name__ == "__main__":
     writer = None if args.eval_only else Writer(run_dir, purge_step=progress["epoch"] * steps + 1)
     if not run:
         data.save(run_dir / "args.json", {**info, "args": asdict(args)})
-        table = "\n".join(f"|{k}|{v}|" for k, v in {**info, **asdict(args)}.items())
+        table = "\n".join(f"|{k}|{v}|" for k, v in {**asdict(args), **info}.items())
         writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + table)
         checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
         data.on_interrupt(SCRIPT, run_dir)
@@ -529,7 +529,7 @@ if __name__ == "__main__":
         points += [(f"robustness_curve/{name}", v, float(k)) for name, row in curves.items() for k, v in row.items()]
         for i, e in enumerate(method["strengths"]):
             for layer, w in enumerate(method["weight_mean"][i]):
-                points.append((f"afa/weight/layer{layer}", w, 255 * e))
+                points += [(f"afa/weight/layer{layer}", w, 255 * e)] * learned
                 for name, statistic in method["statistics"].items():
                     for what, shift in zip(("mean", "log_sd"), statistic["shift"][layer]):
                         points.append((f"afa/shift_{what}/{name}_layer{layer}", shift[i], 255 * e))

@@ -265,13 +265,15 @@ def peak_memory(device):
 
 
 def environment(device):
-    """What a result came from: the command, the device, the versions and the commit (None outside a git checkout)."""
-    git = f"git -C {shlex.quote(str(Path(__file__).resolve().parent))} describe --always --dirty"
+    """What a result came from: the command, the device, the versions and the commit (None outside a git checkout), with
+    -dirty behind it when a program differs from it: the tables that a list of runs fills may."""
+    git = f"git -C {shlex.quote(str(Path(__file__).resolve().parent.parent))}"
+    git = f'{git} describe --always && ({git} diff --quiet HEAD -- "*.py" || echo dirty)'
     return dict(
         command=f"{distributed.launcher()} {Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}".strip(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
         python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__,
-        commit=subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip() or None,
+        commit="-".join(subprocess.run(git, shell=True, capture_output=True, text=True).stdout.split()) or None,
     )  # fmt: skip
 
 

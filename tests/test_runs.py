@@ -5,6 +5,7 @@ import json
 import resource
 import runpy
 import signal
+import subprocess
 import sys
 import time
 
@@ -174,6 +175,26 @@ def test_resuming_by_the_checkpoint_s_name_gives_whole_results(tiny, runs, capsy
 def test_without_git_the_commit_is_unknown(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     assert data.environment(torch.device("cpu"))["commit"] is None
+
+
+def test_the_commit_is_dirty_where_a_program_differs_not_where_a_table_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "__file__", str(tmp_path / "common" / "data.py"))
+
+    def git(*words):
+        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True)
+
+    git("init", "-q")
+    for name in ("afa.py", "common/data.py", "results/afa.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("a")
+    git("add", ".")
+    git("commit", "-q", "-m", "a")
+    commit = data.environment(torch.device("cpu"))["commit"]
+    assert len(commit) >= 7 and "-" not in commit
+    (tmp_path / "results" / "afa.csv").write_text("b")
+    assert data.environment(torch.device("cpu"))["commit"] == commit
+    (tmp_path / "common" / "data.py").write_text("b")
+    assert data.environment(torch.device("cpu"))["commit"] == commit + "-dirty"
 
 
 def test_full_disk_is_one_line_and_keeps_what_was_there(tiny, runs, tmp_path):

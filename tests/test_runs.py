@@ -28,6 +28,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import afa
 from common import data
+from common import pgd as pgd_module
 from common.pgd import pgd
 
 TINY = ("--train-size 600 --val-size 100 --test-size 10 --width 4 --epochs 2 --gate-epochs 1 --attack-steps 2 "
@@ -195,6 +196,29 @@ def test_the_commit_is_dirty_where_a_program_differs_not_where_a_table_does(tmp_
     assert data.environment(torch.device("cpu"))["commit"] == commit
     (tmp_path / "common" / "data.py").write_text("b")
     assert data.environment(torch.device("cpu"))["commit"] == commit + "-dirty"
+
+
+@pytest.mark.parametrize("script, own", [("afa", "--bn single"), ("aalp", ""),
+                                         ("vfd_adv", "--lambda-adv 0 --lambda-nat 0"),
+                                         ("abnn", "--defense at --clean-epochs 1")])  # fmt: skip
+def test_a_network_of_one_class_is_never_the_best(script, own, tmp_path, monkeypatch):
+    (tmp_path / "substitutes").mkdir()  # of abnn.py, and no run
+    validations = []
+
+    def survivors(model, x, y, alive=None, *, eps, **settings):
+        """In the first epoch one class survives everything, later few images survive the attack, of all classes."""
+        if len(y) == 60:
+            validations.append(eps)
+        if len(validations) <= 2:
+            return y == y.mode().values
+        return torch.arange(len(y)) % 20 < (12 if eps == 0 else 1)
+
+    monkeypatch.setattr(pgd_module, "survivors", survivors)
+    tiny = "--train-size 64 --val-size 60 --test-size 10 --width 8 --epochs 2 --batch-size 32 --attack-steps 1"
+    run, _ = finished_in_process(f"{tiny} {own}", tmp_path, f"{script}.py")
+    assert len(validations) == 4
+    results = json.loads((run / "results.json").read_text())["checkpoints"]
+    assert results["best"]["epoch"] == 2
 
 
 def test_full_disk_is_one_line_and_keeps_what_was_there(tiny, runs, tmp_path):

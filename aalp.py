@@ -23,13 +23,12 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common import data, distributed
-from common.pgd import attack_metrics, pgd, survivors
+from common.pgd import attack_images, attack_metrics, pgd, robustness_curve, survivors
 
 SCRIPT = Path(__file__).stem
 
@@ -38,7 +37,7 @@ SCRIPT = Path(__file__).stem
 class Args:
     # --- Run
     dataset: Literal["digits", "cifar10", "cifar100", "svhn", "tiny-imagenet"] = "digits"  # digits is embedded
-    preset: Literal["fast", "paper"] = "fast"  # 30 epochs, one cycle; or the literature's length, in steps
+    preset: Literal["fast", "paper"] = "fast"  # one cycle; paper: the literature's length and milestones
     data_dir: str = "data"  # folder of the data sets in their standard layout; downloads go there
     runs_dir: str = "runs"  # folder of the runs' folders: tensorboard --logdir runs
     seed: int = 1  # seed of everything random
@@ -50,7 +49,7 @@ class Args:
     # --- Data
     train_size: int | None = None  # training images, the first so many of a fixed permutation (None: all)
     val_size: int = 1000  # validation images, held out of the training split
-    test_size: int | None = None  # test images (None: all)
+    test_size: int | None = None  # test images (None: all, of digits 500)
     data_on: Literal["auto", "device", "host"] = "auto"  # where training data are; auto: host if over 60 % of a GPU
     # --- Optimisation
     arch: Literal["preactresnet18", "wrn-34-10", "preactresnet8"] | None = None  # network
@@ -116,7 +115,8 @@ class PreActBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         same_shape = in_channels == channels and stride == 1
-        self.shortcut, self.stride = None if same_shape else nn.Conv2d(in_channels, channels, 1, bias=False), stride
+        self.shortcut = None if same_shape else nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.stride = stride
 
     def forward(self, x, *extra):
         out = F.relu(self.bn1(x, *extra))
@@ -182,8 +182,10 @@ def guided_dropout(c, args, generator):
     """Factors for the features (N, d): of each sample's share r with the lowest contributions each is zeroed with
     probability p or else scaled by 1/(1-p); the rest stays as it is. `high` and `random` select others.  [D3]
     """
-    score = {"low": c, "high": -c}.get(args.guided_dropout)
-    score = torch.rand(c.shape, device=c.device, generator=generator) if score is None else score
+    if args.guided_dropout == "random":
+        score = torch.rand(c.shape, device=c.device, generator=generator)
+    else:
+        score = c if args.guided_dropout == "low" else -c
     selected = score.topk(round(args.dropout_ratio * c.shape[1]), largest=False).indices
     kept = torch.rand(c.shape, device=c.device, generator=generator) >= args.dropout_prob
     kept = kept.float() / max(1 - args.dropout_prob, 1e-9)  # with p = 1 none is kept
@@ -191,7 +193,9 @@ def guided_dropout(c, args, generator):
 
 
 def logit_gradients(z, z_adv, y, pairing_weight):
-    """Gradients of both parts of a sample's loss with respect to its clean logits: g_ce, g_lp (N, classes).
+    """Gradients of both parts of a sample's loss with respect to its clean logits: g_ce, g_lp (N, C).
+
+    From logits (N, C), labels (N,), and lambda w as `pairing_weight`, a number or (N, 1).
 
     The clean branch alone: over both, <g_ce, g_lp> is proportional to (p' - p).(z' - z) and never negative.  [D5]
     """
@@ -216,8 +220,8 @@ def sample_weights(z, z_adv, y, args):
         g_ce, g_lp = logit_gradients(z, z_adv, y, args.pairing_weight)
         against = -(g_ce * g_lp).sum(1)
         return torch.where(against < 0, 1, (g_ce.square().sum(1) / against.clamp_min(1e-30)).clamp(max=1))
-    return {"clean": clean, "adv": adv, "min": torch.minimum(clean, adv), "none": torch.ones_like(clean)}[
-        args.sample_weight]
+    weights = {"clean": clean, "adv": adv, "min": torch.minimum(clean, adv), "none": torch.ones_like(clean)}
+    return weights[args.sample_weight]
 
 
 def aalp_loss(z, z_adv, y, w, args):
@@ -244,8 +248,10 @@ def concentration(c):
     return {"n50": (c > 0.5 * c.amax(1, keepdim=True)).sum(1), "n90": n90}
 
 
-def observe(net, x, x_adv, y, args):
-    """O1 and O2 on a batch, in eval mode, as numbers: counts of features, and shares of samples.  [D5]"""
+def observe(net, x, y, eps, args):
+    """O1 and O2 on images (N, 3, H, W), in eval mode, and on their PGD-10 examples, as numbers: counts of features, and
+    shares of samples.  [D5]"""
+    x_adv = pgd(net, x, y, eps=eps, step_size=eps / 4, steps=10, norm=args.norm, random_start=False)
     result, logits = {}, []
     for kind, images in (("clean", x), ("adv", x_adv)):
         with torch.no_grad():
@@ -254,13 +260,13 @@ def observe(net, x, x_adv, y, args):
             c_maps = net.fc.weight[y][:, :, None, None] * maps / maps[0, 0].numel()  # pooled: the contributions
         for level, c in (("features", c_maps.sum((2, 3))), ("map", c_maps.flatten(1))):
             result |= {f"{k}_{level}_{kind}": v.float().mean().item() for k, v in concentration(c).items()}
-    w = args.pairing_weight * sample_weights(*logits, y, args)
-    g_ce, g_lp = logit_gradients(*logits, y, w[:, None])
+    lambda_w = args.pairing_weight * sample_weights(*logits, y, args)
+    g_ce, g_lp = logit_gradients(*logits, y, lambda_w[:, None])
     products = {"logits": ((g_ce * g_lp).sum(1), g_ce.square().sum(1))}
     params, rows = [p for p in net.parameters() if p.requires_grad], []
     for i in range(min(len(x), 64)):  # one at a time: gradients of samples, not of their mean
         z = net.fc(net.features(torch.stack([x[i], x_adv[i]])))
-        ce, pairing = F.cross_entropy(z, y[i].repeat(2)), w[i] * (z[0] - z[1]).square().mean()
+        ce, pairing = F.cross_entropy(z, y[i].repeat(2)), lambda_w[i] * (z[0] - z[1]).square().mean()
         g_ce, g_lp = (torch.cat([g.flatten() for g in torch.autograd.grad(v, params, retain_graph=v is ce)])
                       for v in (ce, pairing))
         rows.append(torch.stack([g_ce @ g_lp, g_ce @ g_ce]))
@@ -315,13 +321,8 @@ def evaluate(net, x, y, eps, norm, others=()):
 
 def measure(net, x, y, eps, args):
     """Accuracy against the strength of the attack, and the two observations on test images."""
-    clean = survivors(net, x, y, eps=0, steps=0)
-    grid = [eps * f for f in (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 3 / 2, 2, 8)]  # of 255: 0 1 2 4 6 8 12 16 64
-    left = {e: survivors(net, x, y, clean, eps=e, steps=20, norm=args.norm).sum().item() for e in grid}
-    curve = {f"{255 * e:.4g}": count / len(y) for e, count in left.items()}
-    x, y = x[:256], y[:256]
-    x_adv = pgd(net, x, y, eps=eps, step_size=eps / 4, steps=10, norm=args.norm, random_start=False)
-    return {"curves": {"model": curve}, "test": observe(net, x, x_adv, y, args)}
+    return {"curves": {"model": robustness_curve(net, x, y, eps, args.norm)},
+            "test": observe(net, x[:256], y[:256], eps, args)}
 
 
 def load(run, device="cpu", name="best.pt"):
@@ -350,18 +351,20 @@ if __name__ == "__main__":
     preset = {**PRESETS[args.dataset][args.preset], **METHODS[args.method]}
     preset = {k: v for k, v in preset.items() if getattr(args, k) is None}
     args = replace(args, **preset)
+    if args.guided_dropout == "none" and not run:
+        data.refuse_unused(args, "dropout_ratio", "dropout_prob", "dropout_label")
     data.check(args, pairing_weight=(0, math.inf), dropout_ratio=(0, 1), dropout_prob=(0, 1))
 
     # Data, network, optimiser.
     device = data.device(args.device)
     d = data.load_as(args, device)
     x_val, y_val, x_test, y_test = data.to_float(d.val.x), d.val.y, data.to_float(d.test.x), d.test.y
-    torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     torch.backends.cudnn.benchmark = True
+    torch.manual_seed(args.seed)
     net = (net if run else build(args, len(d.classes))).to(device, memory_format=torch.channels_last)
     if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # modes, ends, precisions: beyond the limit it goes eager, silently
+        torch._dynamo.config.recompile_limit = 64  # for modes, precisions, flags: beyond it goes eager, silently
         net.compile()
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, nesterov=True, fused=True,
                                 weight_decay=args.weight_decay)
@@ -383,12 +386,10 @@ if __name__ == "__main__":
                                        processes=distributed.world(), optimizer=optimizer.state_dict(), **progress))
 
     info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, **data.environment(device))
-    Writer = distributed.Silent if distributed.rank() else SummaryWriter
-    writer = None if args.eval_only else Writer(run_dir, purge_step=progress["epoch"] * steps + 1)
+    Writer = distributed.Silent if distributed.rank() or args.eval_only else SummaryWriter
+    writer = Writer(run_dir, purge_step=progress["epoch"] * steps + 1)
     if not run:
-        data.save(run_dir / "args.json", {**info, "args": asdict(args)})
-        table = "\n".join(f"|{k}|{v}|" for k, v in {**asdict(args), **info}.items())
-        writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + table)
+        data.write_arguments(run_dir, args, info, preset, writer)
         checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
         data.on_interrupt(SCRIPT, run_dir)
     print(f"{run_dir}: {sum(p.numel() for p in net.parameters()):,} parameters, {info['device']}, images to train, "
@@ -434,10 +435,10 @@ if __name__ == "__main__":
             optimizer.step()
             for k, v in terms.items():  # the sums stay on the device: to read one here would stall it
                 sums[f"losses/{k}"] += v.detach() / steps
-            accuracy = [(v.argmax(1) == y).float().mean() / steps for v in (*plain, z)]
-            sums["train/clean_acc"] += accuracy[0]
-            sums["train/robust_acc"] += accuracy[1]
-            sums["aalp/label_leak"] += accuracy[2] - accuracy[0]  # what the mask tells the last layer about the label
+            clean_acc, robust_acc, masked_acc = ((v.argmax(1) == y).float().mean() / steps for v in (*plain, z))
+            sums["train/clean_acc"] += clean_acc
+            sums["train/robust_acc"] += robust_acc
+            sums["aalp/label_leak"] += masked_acc - clean_acc  # what the mask tells the last layer about the label
             weights.append(w)
             bar.update()
         scalars = {k: distributed.mean(v).item() for k, v in sums.items()}
@@ -455,27 +456,23 @@ if __name__ == "__main__":
         if val["clean_acc"] <= majority + 0.01:  # one class for everything resists all attacks, and is no classifier
             score = 0.0
         weights = distributed.gather(torch.cat(weights))
-        x_adv = pgd(net, x_seen, y_seen, eps=eps_test, step_size=eps_test / 4, steps=10, norm=args.norm,
-                    random_start=False)
-        seen = observe(net, x_seen, x_adv, y_seen, args) | {"sample_weight": weights.mean().item()}
-        for k, v in (seen | {"label_leak": scalars["aalp/label_leak"]}).items():
+        seen = observe(net, x_seen, y_seen, eps_test, args) | {"sample_weight": weights.mean().item()}
+        also = {"label_leak": scalars["aalp/label_leak"], "weight_bins": torch.histc(weights, 20, 0, 1).tolist()}
+        for k, v in (seen | also).items():
             progress["history"].setdefault(k, []).append(v)
-        progress["history"].setdefault("weight_bins", []).append(torch.histc(weights, 20, 0, 1).tolist())
         x_few, y_few, step = x_val[:256], y_val[:256], (epoch + 1) * steps
         x_adv = pgd(net, x_few, y_few, eps=eps_test, step_size=eps_test / 4, steps=10, norm=args.norm,
                     random_start=False)
         speed = steps * min(args.batch_size, len(d.train.y)) / seconds
-        scalars |= {"charts/learning_rate": factor * args.lr,
-                    "charts/images_per_second": speed, "charts/epoch_seconds": time.time() - started,
-                    "charts/peak_memory_gb": data.peak_memory(device)}
+        scalars |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/images_per_second": speed,
+                    "charts/epoch_seconds": time.time() - started, "charts/peak_memory_gb": data.peak_memory(device)}
         scalars |= {f"val/{k}": v for k, v in val.items()}
         scalars |= {f"attack/{k}": v for k, v in attack_metrics(net, x_few, y_few, x_adv).items()}
         scalars |= {f"aalp/{k}": v for k, v in seen.items()}
-        writer.add_histogram("aalp/sample_weights", weights, step)  # of one name with a scalar it would hide that
+        writer.add_histogram("aalp/sample_weights", weights, step)  # of one tag, it would hide the scalar
         for tag, value in scalars.items():
             writer.add_scalar(tag, value, step)
-        rows = torch.cat([x_few[:8], x_adv[:8], (0.5 + 10 * (x_adv - x_few)[:8]).clamp(0, 1)])
-        writer.add_image("attack/clean_adversarial_10x", torchvision.utils.make_grid(rows, nrow=len(x_few[:8])), step)
+        writer.add_image("attack/clean_adversarial_10x", attack_images(x_few, x_adv), step)
         writer.flush()
         progress.update(epoch=epoch + 1, train_seconds=progress["train_seconds"] + seconds)
         if score > progress["best"]:
@@ -490,9 +487,9 @@ if __name__ == "__main__":
     torch.set_float32_matmul_precision("highest")  # in full float32, on a GPU too
     torch.backends.cudnn.allow_tf32 = False
     print(f"testing on {len(y_test)} images at eps {255 * eps_test:g}/255 ...", flush=True)
-    one = args.eval_only and not Path(run).is_dir()
+    single = args.eval_only and Path(run).is_file()
     table = {}
-    for path in [Path(run)] if one else [run_dir / "best.pt", run_dir / "last.pt"]:
+    for path in [Path(run)] if single else [run_dir / "best.pt", run_dir / "last.pt"]:
         state = load(path, device)[2]
         net.load_state_dict(state["net"])
         if not table:
@@ -502,7 +499,7 @@ if __name__ == "__main__":
             "epoch": state["epoch"], **evaluate(net, x_test, y_test, eps_test, args.norm)}
     progress = {k: state[k] for k in progress}  # of the last checkpoint: with --eval-only too
     images = progress["epoch"] * steps * min(args.batch_size, len(d.train.y))
-    history, curve = progress["history"], method["curves"]["model"]
+    history, curve, seen = progress["history"], method["curves"]["model"], method["test"]
     w = history.get("sample_weight", [])
     method |= {"history": history, "mean_pairing_weight": args.pairing_weight * sum(w) / max(len(w), 1)}
     data.save(run_dir / ("eval.json" if args.eval_only else "results.json"), {
@@ -512,18 +509,17 @@ if __name__ == "__main__":
     lines = [("checkpoint", *table[path.stem]), *((name, *row.values()) for name, row in table.items()), (),
              ("PGD-20 at eps", "accuracy"), *((f"{k}/255", v) for k, v in curve.items()), (),
              ("O1, test", "clean", "adversarial"),
-             *((k, *(method["test"][f"{k}_{kind}"] for kind in ("clean", "adv")))
-               for k in ("n50_features", "n90_features", "n50_map", "n90_map")), (),
-             ("O2, test", "logits", "parameters"),
-             *((k, *(method["test"][f"{k}_{level}"] for level in ("logits", "parameters")))
-               for k in ("conflicting", "overemphasised"))]
+             *((k, seen[k + "_clean"], seen[k + "_adv"])
+               for k in ("n50_features", "n90_features", "n50_map", "n90_map")),
+             (), ("O2, test", "logits", "parameters"),
+             *((k, seen[k + "_logits"], seen[k + "_parameters"]) for k in ("conflicting", "overemphasised"))]
     print("\n".join("".join(f"{v:>14.3f}" if isinstance(v, float) else f"{v:>14}" for v in line) for line in lines))
-    if writer:
-        end = progress["epoch"] * steps
-        points = [(f"test/{name}_{k}", v, end) for name, row in table.items() for k, v in row.items()]
-        points += [("robustness_curve/model", v, float(k)) for k, v in curve.items()]
-        for tag, value, x_axis in points:
+    end = progress["epoch"] * steps
+    points = [(f"test/{name}_{k}", v, end) for name, row in table.items() for k, v in row.items()]
+    points += [("robustness_curve/model", v, float(k)) for k, v in curve.items()]
+    for tag, value, x_axis in points:
+        if abs(x_axis - round(x_axis)) < 1e-3:  # the axis has whole numbers only; results.json has the rest
             writer.add_scalar(tag, value, round(x_axis))
-        writer.close()
+    writer.close()
     print(f"written to {run_dir}; look at it with: tensorboard --logdir {run_dir.parent}")
     distributed.finish()

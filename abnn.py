@@ -32,11 +32,13 @@ from tqdm import tqdm
 
 from common import data, distributed
 from common.pgd import (
+    attack_images,
     attack_metrics,
     frame_mask,
     pgd,
     pixel_mask,
     random_corners,
+    robustness_curve,
     search_corners,
     square_mask,
     survivors,
@@ -149,7 +151,8 @@ class PreActBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         same_shape = in_channels == channels and stride == 1
-        self.shortcut, self.stride = None if same_shape else nn.Conv2d(in_channels, channels, 1, bias=False), stride
+        self.shortcut = None if same_shape else nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.stride = stride
 
     def forward(self, x, *extra):
         out = F.relu(self.bn1(x, *extra))
@@ -303,10 +306,10 @@ class AdaptiveBN(nn.Module):
 
     def forward(self, z, s):
         """z (B, C, [T,] h, w) of T and s (B, C_s, [T,] h_s, w_s) of S to features of the shape of z."""
-        channels = channel_moments(s)
-        mean, std = mean_std(*channels, s[0, 0].numel(), self.moments)
+        mean_c, var_c = channel_moments(s)
+        mean, std = mean_std(mean_c, var_c, s[0, 0].numel(), self.moments)
         if self.statistics == "channel":  # statistics in the usual sense of the word, and a few % of the weights  [D2]
-            f = torch.cat([channels[0], root(channels[1])], 1)
+            f = torch.cat([mean_c, root(var_c)], 1)
         else:
             f = s.flatten(1)
         gamma, beta = F.linear(self.scale * f, self.weight, self.bias).chunk(2, 1)  # f is smaller than A
@@ -438,7 +441,7 @@ def train_epoch(net, optimizer, d, args, epoch, bar=None):
     distributed.average_statistics(net)
     if not all(math.isfinite(v) for v in means.values()):
         raise data.UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {args.lr:g}")
-    return means, factor
+    return means
 
 
 def pretrained(name, net):
@@ -476,7 +479,7 @@ def clean_network(args, d, device):
     net = (pretrained(start, net) if start else net).to(device, memory_format=torch.channels_last)
     optimizer = optimizer_of(net, args)
     for epoch in range(args.epochs):
-        means, _ = train_epoch(net, optimizer, d, args, epoch)
+        means = train_epoch(net, optimizer, d, args, epoch)
         print(f"clean training of {path.stem}: epoch {epoch + 1}/{args.epochs}, loss {means['losses/clean_ce']:.3f}, "
               f"training accuracy {means['train/clean_acc']:.3f}", flush=True)
     data.save(path, dict(script=SCRIPT, args=asdict(args), classes=len(d.classes), net=net.state_dict(),
@@ -492,7 +495,8 @@ def find_substitute(args):
         if source in (args.dataset, *data.VIDEO) or video and source != "self":
             raise data.UserError(f"--substitute {source} is not for {args.dataset}: use self, "
                                  f"{'kinetics' if video else 'another set of images, imagenet'} or a run's folder")
-        arch, width = arch or args.arch, width or (None if arch else args.width)
+        width = width or (None if arch else args.width)
+        arch = arch or args.arch
     elif arch or width:
         raise data.UserError(f"--substitute {source} has its own --substitute-arch and --substitute-width: "
                              "leave them out")
@@ -665,12 +669,7 @@ def measure(net, x, y, eps, args, part):
     models = {"model": net}
     if isinstance(net, ABNN):
         models |= {"A": partial(net, detach=True), "twin": net.twin}
-    grid, curves = [eps * f for f in (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 3 / 2, 2, 8)], {}
-    for name, model in models.items():
-        clean = survivors(model, x, y, eps=0, steps=0, batch_size=part)
-        left = {e: survivors(model, x, y, clean, eps=e, steps=20, norm=args.norm, batch_size=part) for e in grid}
-        curves[name] = {f"{255 * e:.4g}": mask.sum().item() / len(y) for e, mask in left.items()}
-    return curves
+    return {name: robustness_curve(model, x, y, eps, args.norm, part) for name, model in models.items()}
 
 
 def seconds_per_epoch(args, d, device, rounds=10):
@@ -724,8 +723,8 @@ if __name__ == "__main__":
     if args.defense != "abnn" and not args.compare_cost:
         unused += ["substitute", "substitute_arch", "substitute_width", "statistics", "moments", "equalised",
                    "align_weight"]
-    if ignored := [k for k in unused if getattr(args, k) != getattr(Args, k)] if not run else []:
-        raise data.UserError(f"--{', --'.join(ignored).replace('_', '-')} would do nothing here: leave it out")
+    if not run:
+        data.refuse_unused(args, *unused)
     args = replace(args, **{k: v for k, v in PRESETS[args.dataset][args.preset].items() if getattr(args, k) is None})
     data.check(args, eps=(1e-9, math.inf), frames=(1, math.inf), clean_epochs=(1, math.inf),
                substitute_width=(1, math.inf), align_weight=(0, math.inf))
@@ -733,11 +732,11 @@ if __name__ == "__main__":
         raise data.UserError(f"--arch {args.arch} is not for {args.dataset}: one is of images, the other of video")
     if (args.width and args.arch == "r3d18") or (args.substitute_width and args.substitute_arch == "r3d18"):
         raise data.UserError("r3d18 has a width of its own: leave --width and --substitute-width out")
-    if not run and (args.defense == "abnn" or args.compare_cost) or args.compare_cost and not args.substitute_arch:
+    if (args.defense == "abnn" or args.compare_cost) and not (run and args.substitute_arch):
         args, substitute = find_substitute(args)
     preset = {k: v for k, v in asdict(args).items() if v != getattr(given, k)}
 
-    # Data, network, optimizer.
+    # Data, network, optimiser.
     device = data.device(args.device)
     d = data.load_as(args, device)
     side = SIDES.get(args.dataset, 32)
@@ -754,7 +753,7 @@ if __name__ == "__main__":
     elif not run:
         net.load_state_dict(clean_network(args, d, device).state_dict())  # all defenses start from the same T  [D5]
     if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # modes, ends, precisions: beyond the limit it goes eager, silently
+        torch._dynamo.config.recompile_limit = 64  # for modes, precisions, flags: beyond it goes eager, silently
         net.compile()
     optimizer = optimizer_of(net, args)
     steps = data.steps_per_epoch(len(d.train.y), args.batch_size, shared=not args.eval_only)
@@ -774,12 +773,10 @@ if __name__ == "__main__":
                                        processes=distributed.world(), optimizer=optimizer.state_dict(), **progress))
 
     info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, **data.environment(device))
-    Writer = distributed.Silent if distributed.rank() else SummaryWriter
-    writer = None if args.eval_only else Writer(run_dir, purge_step=progress["epoch"] * steps + 1)
+    Writer = distributed.Silent if distributed.rank() or args.eval_only else SummaryWriter
+    writer = Writer(run_dir, purge_step=progress["epoch"] * steps + 1)
     if not run:
-        data.save(run_dir / "args.json", {**info, "args": asdict(args), "preset": [*preset]})  # what was left out
-        table = "\n".join(f"|{k}|{v}|" for k, v in {**asdict(args), **info}.items())
-        writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + table)
+        data.write_arguments(run_dir, args, info, preset, writer)
         checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
         data.on_interrupt(SCRIPT, run_dir)
     what = "clips" if video else "images"
@@ -792,7 +789,7 @@ if __name__ == "__main__":
                disable=distributed.rank() > 0 or not sys.stderr.isatty())
     for epoch in range(progress["epoch"], 0 if args.eval_only else args.epochs):
         started = time.time()
-        scalars, factor = train_epoch(net, optimizer, d, args, epoch, bar)
+        scalars = train_epoch(net, optimizer, d, args, epoch, bar)
         seconds = time.time() - started
 
         # Validation under the full white box. Robust accuracy chooses the best epoch of `at` alone: elsewhere few
@@ -811,9 +808,8 @@ if __name__ == "__main__":
         x_adv = pgd(net, x_few, y_few, eps=eps_test, step_size=eps_test / 4, steps=10, norm=args.norm,
                     random_start=False)
         speed = steps * min(args.batch_size, len(d.train.y)) / seconds
-        scalars |= {"charts/learning_rate": factor * args.lr,
-                    "charts/images_per_second": speed, "charts/epoch_seconds": time.time() - started,
-                    "charts/peak_memory_gb": data.peak_memory(device)}
+        scalars |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/images_per_second": speed,
+                    "charts/epoch_seconds": time.time() - started, "charts/peak_memory_gb": data.peak_memory(device)}
         scalars |= {f"val/{k}": v for k, v in val.items()}
         scalars |= {f"attack/{k}": v for k, v in attack_metrics(net, x_few, y_few, x_adv).items()}
         if args.defense == "abnn":  # how far the statistics of T are from those of S: does it learn to align them?
@@ -824,9 +820,7 @@ if __name__ == "__main__":
                 progress["history"].setdefault(f"distance_{kind}", []).append(scalars[f"abnn/distance_{kind}"])
         for tag, value in scalars.items():
             writer.add_scalar(tag, value, step)
-        rows = torch.cat([x_few[:8], x_adv[:8], (0.5 + 10 * (x_adv - x_few)[:8]).clamp(0, 1)])
-        rows = rows[:, :, 0] if video else rows  # first frames
-        writer.add_image("attack/clean_adversarial_10x", torchvision.utils.make_grid(rows, nrow=len(x_few[:8])), step)
+        writer.add_image("attack/clean_adversarial_10x", attack_images(x_few, x_adv), step)
         writer.flush()
         progress.update(epoch=epoch + 1, train_seconds=progress["train_seconds"] + seconds)
         if score > progress["best"]:
@@ -842,12 +836,11 @@ if __name__ == "__main__":
     torch.set_float32_matmul_precision("highest")  # in full float32, on a GPU too
     torch.backends.cudnn.allow_tf32 = False
     print(f"testing on {len(y_test)} {what} at eps {255 * eps_test:g}/255 ...", flush=True)
-    one = args.eval_only and not Path(run).is_dir()
+    single = args.eval_only and Path(run).is_file()
     table, others = {}, [partial(net, detach=True), net.twin] if args.defense == "abnn" else []
-    for path in [Path(run)] if one else [run_dir / "best.pt", run_dir / "last.pt"]:
+    for path in [Path(run)] if single else [run_dir / "best.pt", run_dir / "last.pt"]:
         state = load(path, device)[2]
         net.load_state_dict(state["net"])
-        net.eval()
         if not table:
             curves = measure(net, x_test, y_test, eps_test, args, part)
             known = data.to_float(x_val[: min(100, 2 * part)]), y_val[: min(100, 2 * part)]
@@ -878,13 +871,13 @@ if __name__ == "__main__":
         lines += [(), ("s per epoch", *cost), ("", *(round(v, 3) for v in cost.values()))]
     print("\n".join("".join(f"{v:>14.3f}" if isinstance(v, float) else f"{v:>14}" for v in line) for line in lines))
     print("\n".join([f"warning: {w}" for w in warnings] + [method["verdict"]]))
-    if writer:
-        end = progress["epoch"] * steps
-        points = [(f"test/{name.replace(' ', '_')}_{k}", v, end) for name, row in (table | threats).items()
-                  for k, v in row.items()]
-        points += [(f"robustness_curve/{name}", v, float(k)) for name, row in curves.items() for k, v in row.items()]
-        for tag, value, x_axis in points:
+    end = progress["epoch"] * steps
+    points = [(f"test/{name.replace(' ', '_')}_{k}", v, end) for name, row in (table | threats).items()
+              for k, v in row.items()]
+    points += [(f"robustness_curve/{name}", v, float(k)) for name, row in curves.items() for k, v in row.items()]
+    for tag, value, x_axis in points:
+        if abs(x_axis - round(x_axis)) < 1e-3:  # the axis has whole numbers only; results.json has the rest
             writer.add_scalar(tag, value, round(x_axis))
-        writer.close()
+    writer.close()
     print(f"written to {run_dir}; look at it with: tensorboard --logdir {run_dir.parent}")
     distributed.finish()

@@ -21,13 +21,12 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common import data, distributed
-from common.pgd import attack_metrics, pgd, survivors
+from common.pgd import attack_images, attack_metrics, pgd, robustness_curve, survivors
 
 SCRIPT = Path(__file__).stem
 
@@ -36,7 +35,7 @@ SCRIPT = Path(__file__).stem
 class Args:
     # --- Run
     dataset: Literal["digits", "cifar10", "cifar100", "svhn", "tiny-imagenet"] = "digits"  # digits is embedded
-    preset: Literal["fast", "paper"] = "fast"  # 30 epochs, one cycle; or the literature's length, in steps
+    preset: Literal["fast", "paper"] = "fast"  # one cycle; paper: the literature's length and milestones
     data_dir: str = "data"  # folder of the data sets in their standard layout; downloads go there
     runs_dir: str = "runs"  # folder of the runs' folders: tensorboard --logdir runs
     seed: int = 1  # seed of everything random
@@ -48,7 +47,7 @@ class Args:
     # --- Data
     train_size: int | None = None  # training images, the first so many of a fixed permutation (None: all)
     val_size: int = 1000  # validation images, held out of the training split
-    test_size: int | None = None  # test images (None: all)
+    test_size: int | None = None  # test images (None: all, of digits 500)
     data_on: Literal["auto", "device", "host"] = "auto"  # where training data are; auto: host if over 60 % of a GPU
     # --- Optimisation
     arch: Literal["preactresnet18", "wrn-34-10", "preactresnet8"] | None = None  # network
@@ -108,7 +107,8 @@ class PreActBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         same_shape = in_channels == channels and stride == 1
-        self.shortcut, self.stride = None if same_shape else nn.Conv2d(in_channels, channels, 1, bias=False), stride
+        self.shortcut = None if same_shape else nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.stride = stride
 
     def forward(self, x, *extra):
         out = F.relu(self.bn1(x, *extra))
@@ -205,7 +205,10 @@ class DualBN(nn.Module):
         Appends (statistics of x, w) to the list `record`.
         """
         s = statistics(x, self.clean) if record is not None or w is None else None
-        w = self.generator(s.flatten(1))[:, 0] if w is None else w[:, self.layer] if torch.is_tensor(w) else w
+        if w is None:
+            w = self.generator(s.flatten(1))[:, 0]
+        elif torch.is_tensor(w):
+            w = w[:, self.layer]
         if record is not None:
             record.append((s, w))
         if not torch.is_tensor(w) and w in (0.0, 1.0):
@@ -225,12 +228,15 @@ class DualBN(nn.Module):
 
 
 class AFANet(PreActResNet):
+    """A PreActResNet of DualBNs: w and record reach them through the blocks, as their `extra`."""
+
     def __init__(self, args, classes):
         super().__init__(args.arch, args.width, classes, partial(DualBN, args=args))
         norms = [m for m in self.modules() if isinstance(m, DualBN)]
         for layer, norm in enumerate(norms):
             norm.layer = layer
-        self.layers, self.probe = len(norms), args.bn == "dual" and args.gate == "probe"
+        self.layers = len(norms)
+        self.probe = args.bn == "dual" and args.gate == "probe"
         if self.probe:
             self.generator = WeightGenerator(2 * sum(norm.clean.num_features for norm in norms), self.layers)
         self.w = 1.0 if args.bn == "single" else None if args.fusion == "learned" else float(args.fusion)
@@ -308,16 +314,11 @@ def frozen_weights(net, args):
 def measure(net, x, y, eps, args):
     """What the paper claims, against the strength of the attack: accuracy, weights, feature statistics.  [D6]"""
     models = {"model": net} | {f"w={m.keywords['w']:g}": m for m in frozen_weights(net, args)}
-    grid = [eps * f for f in (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 3 / 2, 2, 8)]  # of 255: 0 1 2 4 6 8 12 16 64
-    curves = {}
-    for name, model in models.items():
-        clean = survivors(model, x, y, eps=0, steps=0)
-        left = {e: survivors(model, x, y, clean, eps=e, steps=20, norm=args.norm).sum().item() for e in grid}
-        curves[name] = {f"{255 * e:.4g}": count / len(y) for e, count in left.items()}
+    curves = {name: robustness_curve(model, x, y, eps, args.norm) for name, model in models.items()}
     if args.bn == "dual":  # the oracle is told eps and takes the best fixed weight: the bar for a learned one
         curves["oracle"] = {k: max(curves[name][k] for name in curves if name != "model") for k in curves["model"]}
     result = {"curves": curves, "strengths": [eps * i / 8 for i in range(9)], "statistics": {}}
-    x, y, order = x[:256], y[:256], torch.arange(9)[:, None, None]
+    x, y = x[:256], y[:256]
     for name, model in models.items():
         records = []
         for e in result["strengths"]:
@@ -326,6 +327,7 @@ def measure(net, x, y, eps, args):
             records.append(record)
         layers = [torch.stack([s.mean(0) for s, _ in layer]).cpu() for layer in zip(*records)]  # (9, 2, C)
         # Spearman's rho with eps, of n = 9 values without ties: 1 - 6 sum d^2 / (n (n^2 - 1)), d = rank differences.
+        order = torch.arange(9)[:, None, None]
         rho = torch.cat([1 - (v.argsort(0).argsort(0) - order).square().sum(0) / 120 for v in layers], 1)
         rho = rho * torch.cat([v[0] != v[-1] for v in layers], 1)  # what does not move is not monotone
         result["statistics"][name] = {
@@ -356,6 +358,8 @@ if __name__ == "__main__":
         net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
         args = tyro.cli(Args, description=__doc__, default=own)
         data.check_same(args, own, state)
+    if args.bn == "single" and not run:
+        data.refuse_unused(args, "fusion", "gate", "gate_lr", "harden", "finetune")
     preset = {k: v for k, v in PRESETS[args.dataset][args.preset].items() if getattr(args, k) is None}
     args = replace(args, **preset)
     learned = args.bn == "dual" and args.fusion == "learned"
@@ -365,12 +369,12 @@ if __name__ == "__main__":
     device = data.device(args.device)
     d = data.load_as(args, device)
     x_val, y_val, x_test, y_test = data.to_float(d.val.x), d.val.y, data.to_float(d.test.x), d.test.y
-    torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     torch.backends.cudnn.benchmark = True
+    torch.manual_seed(args.seed)
     net = (net if run else build(args, len(d.classes))).to(device, memory_format=torch.channels_last)
     if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # modes, ends, precisions: beyond the limit it goes eager, silently
+        torch._dynamo.config.recompile_limit = 64  # for modes, precisions, flags: beyond it goes eager, silently
         net.compile()
     gate = [p for name, p in net.named_parameters() if "generator." in name]
     body = [p for name, p in net.named_parameters() if "generator." not in name]
@@ -399,12 +403,10 @@ if __name__ == "__main__":
                                        optimizers={k: o.state_dict() for k, o in optimizers.items()}, **progress))
 
     info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, **data.environment(device))
-    Writer = distributed.Silent if distributed.rank() else SummaryWriter
-    writer = None if args.eval_only else Writer(run_dir, purge_step=progress["epoch"] * steps + 1)
+    Writer = distributed.Silent if distributed.rank() or args.eval_only else SummaryWriter
+    writer = Writer(run_dir, purge_step=progress["epoch"] * steps + 1)
     if not run:
-        data.save(run_dir / "args.json", {**info, "args": asdict(args)})
-        table = "\n".join(f"|{k}|{v}|" for k, v in {**asdict(args), **info}.items())
-        writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + table)
+        data.write_arguments(run_dir, args, info, preset, writer)
         checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
         data.on_interrupt(SCRIPT, run_dir)
     print(f"{run_dir}: {sum(p.numel() for p in net.parameters()):,} parameters, {info['device']}, images to train, "
@@ -441,7 +443,9 @@ if __name__ == "__main__":
                                 steps=args.attack_steps if args.eps else 0, norm=args.norm, generator=generator)
                     net.train()
                     # L = 1/2 CE(f_c(x), y) + 1/2 CE(f_a(x_adv), y); with a single BatchNorm the second term alone.
-                    logits = {"robust": net(x_adv, 1.0)} | ({"clean": net(x, 0.0)} if args.bn == "dual" else {})
+                    logits = {"robust": net(x_adv, 1.0)}
+                    if args.bn == "dual":
+                        logits["clean"] = net(x, 0.0)
                 else:  # L = CE(f_w(x_eps), y), and nothing to weigh it with; BatchNorm stays in eval mode
                     logits = {"fused": net(stage2_attack(net, x, y, args, generator))}
                 losses = {k: F.cross_entropy(z.float(), y) for k, z in logits.items()}
@@ -474,21 +478,20 @@ if __name__ == "__main__":
         x_adv = pgd(model, x_few, y_few, eps=eps_test, step_size=eps_test / 4, steps=10, norm=args.norm,
                     random_start=False)
         speed = steps * min(args.batch_size, len(d.train.y)) / seconds
-        scalars |= {"charts/learning_rate": factor * optimizers[stage].param_groups[0]["peak"],
-                    "charts/images_per_second": speed, "charts/epoch_seconds": time.time() - started,
-                    "charts/peak_memory_gb": data.peak_memory(device)}
+        scalars |= {"charts/learning_rate": optimizers[stage].param_groups[0]["lr"], "charts/images_per_second": speed,
+                    "charts/epoch_seconds": time.time() - started, "charts/peak_memory_gb": data.peak_memory(device)}
         scalars |= {f"val/{k}": v for k, v in val.items()}
         scalars |= {f"attack/{k}": v for k, v in attack_metrics(model, x_few, y_few, x_adv).items()}
-        for kind, images in (("clean", x_few), ("adv", x_adv)) if stage == 2 else ():
-            with torch.no_grad():
-                net(images, record=(record := []))
-            weights = torch.stack([w for _, w in record])
-            scalars[f"afa/weight_{kind}"] = weights.mean().item()
-            writer.add_histogram(f"afa/weights_{kind}", weights, step)  # of one name with a scalar it would hide that
+        if stage == 2:
+            for kind, images in (("clean", x_few), ("adv", x_adv)):
+                with torch.no_grad():
+                    net(images, record=(record := []))
+                weights = torch.stack([w for _, w in record])
+                scalars[f"afa/weight_{kind}"] = weights.mean().item()
+                writer.add_histogram(f"afa/weights_{kind}", weights, step)  # of one tag, it would hide the scalar
         for tag, value in scalars.items():
             writer.add_scalar(tag, value, step)
-        rows = torch.cat([x_few[:8], x_adv[:8], (0.5 + 10 * (x_adv - x_few)[:8]).clamp(0, 1)])
-        writer.add_image("attack/clean_adversarial_10x", torchvision.utils.make_grid(rows, nrow=len(x_few[:8])), step)
+        writer.add_image("attack/clean_adversarial_10x", attack_images(x_few, x_adv), step)
         writer.flush()
         progress.update(epoch=epoch + 1, train_seconds=progress["train_seconds"] + seconds)
         if stage == stages[-1] and score > progress["best"]:
@@ -503,9 +506,9 @@ if __name__ == "__main__":
     torch.set_float32_matmul_precision("highest")  # in full float32, on a GPU too
     torch.backends.cudnn.allow_tf32 = False
     print(f"testing on {len(y_test)} images at eps {255 * eps_test:g}/255 ...", flush=True)
-    one = args.eval_only and not Path(run).is_dir()
+    single = args.eval_only and Path(run).is_file()
     table, others = {}, frozen_weights(net, args) if learned else ()
-    for path in [Path(run)] if one else [run_dir / "best.pt", run_dir / "last.pt"]:
+    for path in [Path(run)] if single else [run_dir / "best.pt", run_dir / "last.pt"]:
         state = load(path, device)[2]
         net.load_state_dict(state["net"])
         if not table:
@@ -526,18 +529,18 @@ if __name__ == "__main__":
              ("PGD-20 at eps", *curves, "mean w"),  # beyond eps_max is extrapolation
              *((f"{k}/255", *(curve[k] for curve in curves.values()), weight.get(k, "")) for k in curves["model"])]
     print("\n".join("".join(f"{v:>14.3f}" if isinstance(v, float) else f"{v:>14}" for v in line) for line in lines))
-    if writer:
-        end = progress["epoch"] * steps
-        points = [(f"test/{name}_{k}", v, end) for name, row in table.items() for k, v in row.items()]
-        points += [(f"robustness_curve/{name}", v, float(k)) for name, row in curves.items() for k, v in row.items()]
-        for i, e in enumerate(method["strengths"]):
-            for layer, w in enumerate(method["weight_mean"][i]):
-                points += [(f"afa/weight/layer{layer}", w, 255 * e)] * learned
-                for name, statistic in method["statistics"].items():
-                    for what, shift in zip(("mean", "log_sd"), statistic["shift"][layer]):
-                        points.append((f"afa/shift_{what}/{name}_layer{layer}", shift[i], 255 * e))
-        for tag, value, x_axis in points:
+    end = progress["epoch"] * steps
+    points = [(f"test/{name}_{k}", v, end) for name, row in table.items() for k, v in row.items()]
+    points += [(f"robustness_curve/{name}", v, float(k)) for name, row in curves.items() for k, v in row.items()]
+    for i, e in enumerate(method["strengths"]):
+        for layer, w in enumerate(method["weight_mean"][i]):
+            points += [(f"afa/weight/layer{layer}", w, 255 * e)] * learned
+            for name, statistic in method["statistics"].items():
+                for what, shift in zip(("mean", "log_sd"), statistic["shift"][layer]):
+                    points.append((f"afa/shift_{what}/{name}_layer{layer}", shift[i], 255 * e))
+    for tag, value, x_axis in points:
+        if abs(x_axis - round(x_axis)) < 1e-3:  # the axis has whole numbers only; results.json has the rest
             writer.add_scalar(tag, value, round(x_axis))
-        writer.close()
+    writer.close()
     print(f"written to {run_dir}; look at it with: tensorboard --logdir {run_dir.parent}")
     distributed.finish()

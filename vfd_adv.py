@@ -22,13 +22,12 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common import data, distributed
-from common.pgd import attack_metrics, kl, pgd, survivors
+from common.pgd import attack_images, attack_metrics, kl, pgd, robustness_curve, survivors
 
 SCRIPT = Path(__file__).stem
 
@@ -37,7 +36,7 @@ SCRIPT = Path(__file__).stem
 class Args:
     # --- Run
     dataset: Literal["digits", "cifar10", "cifar100", "svhn", "tiny-imagenet"] = "digits"  # digits is embedded
-    preset: Literal["fast", "paper"] = "fast"  # 30 epochs, one cycle; or the literature's length, in steps
+    preset: Literal["fast", "paper"] = "fast"  # one cycle; paper: the literature's length and milestones
     data_dir: str = "data"  # folder of the data sets in their standard layout; downloads go there
     runs_dir: str = "runs"  # folder of the runs' folders: tensorboard --logdir runs
     seed: int = 1  # seed of everything random
@@ -49,7 +48,7 @@ class Args:
     # --- Data
     train_size: int | None = None  # training images, the first so many of a fixed permutation (None: all)
     val_size: int = 1000  # validation images, held out of the training split
-    test_size: int | None = None  # test images (None: all)
+    test_size: int | None = None  # test images (None: all, of digits 500)
     data_on: Literal["auto", "device", "host"] = "auto"  # where training data are; auto: host if over 60 % of a GPU
     # --- Optimisation
     arch: Literal["preactresnet18", "wrn-34-10", "preactresnet8"] | None = None  # network
@@ -116,7 +115,8 @@ class PreActBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         same_shape = in_channels == channels and stride == 1
-        self.shortcut, self.stride = None if same_shape else nn.Conv2d(in_channels, channels, 1, bias=False), stride
+        self.shortcut = None if same_shape else nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.stride = stride
 
     def forward(self, x, *extra):
         out = F.relu(self.bn1(x, *extra))
@@ -206,13 +206,13 @@ def pair_distance(s, t, kind):
     return mse if kind == "mse" else mse / (t - t.mean(0)).square().mean().clamp_min(1e-12)
 
 
-def vfd_loss(s, s_adv, t, args):
+def vfd_loss(s, s_adv, t, args, projection=lambda s: s):
     """L_VFD = lambda_adv d(s', t) + lambda_nat d(s, t), of phi or logits (N, D) of S(x'), S(x), T(x); unweighted terms.
 
     A pair of weight 0 is not looked at.
     """
     pairs = {"distance_adv": (args.lambda_adv, s_adv), "distance_nat": (args.lambda_nat, s)}
-    terms = {k: pair_distance(v, t, args.distance) for k, (weight, v) in pairs.items() if weight}
+    terms = {k: pair_distance(projection(v).float(), t, args.distance) for k, (weight, v) in pairs.items() if weight}
     return sum(pairs[k][0] * d for k, d in terms.items()), terms
 
 
@@ -273,13 +273,14 @@ def load_teacher(path, args, classes, device):
     return teacher.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), state
 
 
-def compare(net, projection, teacher, x, x_adv, args):
-    """How far S's outputs for x and for x' are from T's for x, in eval mode, as numbers.  [D6]
+def compare(net, projection, teacher, x, y, eps, args):
+    """How far S's outputs (N, d) for x and for PGD-10's x' are from T's (N, D) for x, in eval mode, as numbers.  [D6]
 
     distance: the normalised squared error. cka: linear CKA, 1 for the same up to rotation and scale (Kornblith et al.
     2019, arXiv 1905.00414).
     """
     result, which = {}, args.distill == "features"  # the network returns (logits, features)
+    x_adv = pgd(net, x, y, eps=eps, step_size=eps / 4, steps=10, norm=args.norm, random_start=False)
     with torch.no_grad():
         t = teacher(x, return_features=True)[which]
         for kind, images in (("clean", x), ("adv", x_adv)):
@@ -293,7 +294,7 @@ def compare(net, projection, teacher, x, x_adv, args):
 
 
 def usefulness(features, features_adv, y, classes):
-    """Each feature's correlation with the label, (d,) on clean and on adversarial inputs.  [D7]
+    """Each feature's correlation with the label, (d,) on clean and on adversarial inputs, from features (N, d).  [D7]
 
     On clean inputs max_k |corr(f_j, 1[y = k])|; on adversarial ones the correlation with that same class, with the
     sign that makes the clean one positive. Negative: the attack has turned the feature against its class. The
@@ -339,22 +340,18 @@ def evaluate(net, x, y, eps, norm, others=()):
 
 def measure(net, projection, teacher, x, y, eps, args):
     """Accuracy against the strength of the attack; usefulness of the features and distances to T on test images."""
-    clean = survivors(net, x, y, eps=0, steps=0)
-    grid = [eps * f for f in (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 3 / 2, 2, 8)]  # of 255: 0 1 2 4 6 8 12 16 64
-    left = {e: survivors(net, x, y, clean, eps=e, steps=20, norm=args.norm).sum().item() for e in grid}
-    curve = {f"{255 * e:.4g}": count / len(y) for e, count in left.items()}
-    result = {"curves": {"model": curve}, "usefulness": {}}
+    result = {"curves": {"model": robustness_curve(net, x, y, eps, args.norm)}, "usefulness": {}}
     if teacher is not None:
         result["teacher"] = {"test_clean": survivors(teacher, x, y, eps=0, steps=0).sum().item() / len(y)}
     x, y = x[:1000], y[:1000]
-    for name, model in [("teacher", teacher)] * (teacher is not None) + [("student", net)]:  # x_adv is S's at the end
+    for name, model in (("teacher", teacher), ("student", net)) if teacher is not None else (("student", net),):
         x_adv = torch.cat([pgd(model, *part, eps=eps, step_size=eps / 4, steps=10, norm=args.norm, random_start=False)
                            for part in zip(x.split(250), y.split(250))])
         with torch.no_grad():
             features = [torch.cat([model.features(part) for part in v.split(250)]) for v in (x, x_adv)]
         result["usefulness"][name] = usefulness(*features, y, model.fc.out_features)
     if teacher is not None:
-        result["distance"] = compare(net, projection, teacher, x[:256], x_adv[:256], args)
+        result["distance"] = compare(net, projection, teacher, x[:256], y[:256], eps, args)
     return result
 
 
@@ -377,6 +374,9 @@ if __name__ == "__main__":
         net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
         args = tyro.cli(Args, description=__doc__, default=own)
         data.check_same(args, own, state)
+    if not run:
+        unused = ["beta"] * (args.base == "at") + ["teacher_arch", "teacher_width"] * (args.teacher is not None)
+        data.refuse_unused(args, *unused)
     preset = {**PRESETS[args.dataset][args.preset], "beta": BETA[args.base]}
     preset["lr"] *= 0.5 if args.base == "mart" else 1.0  # at the others' rate it loses classes on the way  [D8]
     preset = {k: v for k, v in preset.items() if getattr(args, k) is None}
@@ -408,7 +408,7 @@ if __name__ == "__main__":
     if distilling and args.distill == "features" and net.fc.in_features != teacher.fc.in_features:
         projection = nn.Linear(net.fc.in_features, teacher.fc.in_features).to(device)  # no part of the tested network
     if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # modes, ends, precisions: beyond the limit it goes eager, silently
+        torch._dynamo.config.recompile_limit = 64  # for modes, precisions, flags: beyond it goes eager, silently
         net.compile()
     optimizer = torch.optim.SGD([*net.parameters(), *projection.parameters()], args.lr, momentum=0.9,
                                 nesterov=True, fused=True, weight_decay=args.weight_decay)
@@ -430,18 +430,15 @@ if __name__ == "__main__":
             data.save(run_dir / "teacher.pt", teacher_state)  # resuming needs it, and the cache may be emptied
 
     def checkpoint(name):
-        data.save(run_dir / name, dict(script=SCRIPT, args=asdict(args), classes=len(d.classes), net=net.state_dict(),
-                                       processes=distributed.world(),
-                                       optimizer=optimizer.state_dict(), projection=projection.state_dict(),
-                                       **progress))
+        state = dict(script=SCRIPT, args=asdict(args), classes=len(d.classes), processes=distributed.world(),
+                     net=net.state_dict(), optimizer=optimizer.state_dict(), projection=projection.state_dict())
+        data.save(run_dir / name, state | progress)
 
     info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, **data.environment(device))
-    Writer = distributed.Silent if distributed.rank() else SummaryWriter
-    writer = None if args.eval_only else Writer(run_dir, purge_step=progress["epoch"] * steps + 1)
+    Writer = distributed.Silent if distributed.rank() or args.eval_only else SummaryWriter
+    writer = Writer(run_dir, purge_step=progress["epoch"] * steps + 1)
     if not run:
-        data.save(run_dir / "args.json", {**info, "args": asdict(args), "preset": [*preset]})  # what was left out
-        table = "\n".join(f"|{k}|{v}|" for k, v in {**asdict(args), **info}.items())
-        writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + table)
+        data.write_arguments(run_dir, args, info, preset, writer)
         checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
         data.on_interrupt(SCRIPT, run_dir)
     print(f"{run_dir}: {sum(p.numel() for p in net.parameters()):,} parameters, {info['device']}, images to train, "
@@ -479,20 +476,18 @@ if __name__ == "__main__":
                 # Two passes, the clean one first, as in the code of the authors of TRADES and MART. There both move
                 # the running statistics. AT has no clean pass of its own: one that is added must not, or statistics
                 # alone cost robustness, and the loss on it gets the blame.  [D5]
-                outputs = [(None, None)]
+                z = phi = None
                 if clean_pass:
                     track_statistics(net, args.base != "at" or args.clean_pass == "update")
-                    outputs = [net(x, return_features=True)]
+                    z, phi = (v.float() for v in net(x, return_features=True))
                     track_statistics(net, True)
-                outputs.append(net(x_adv, return_features=True))
-                z, z_adv = (v if v is None else v.float() for v, _ in outputs)
+                z_adv, phi_adv = (v.float() for v in net(x_adv, return_features=True))
                 loss, terms = base_loss(z, z_adv, y, args)
                 if distilling:
-                    which = args.distill == "features"  # of (logits, features)
                     with torch.no_grad():
-                        wanted = teacher(x, return_features=True)[which].float()
-                    paired = (v[which] if v[which] is None else projection(v[which]).float() for v in outputs)
-                    extra, distances = vfd_loss(*paired, wanted, args)
+                        z_t, phi_t = (v.float() for v in teacher(x, return_features=True))
+                    s, s_adv, wanted = (phi, phi_adv, phi_t) if args.distill == "features" else (z, z_adv, z_t)
+                    extra, distances = vfd_loss(s, s_adv, wanted, args, projection)
                     loss, terms = loss + extra, terms | distances
             optimizer.zero_grad()
             loss.backward()
@@ -518,27 +513,21 @@ if __name__ == "__main__":
         score = val["robust_acc" if args.eps else "clean_acc"]
         if val["clean_acc"] <= majority + 0.01:  # one class for everything resists all attacks, and is no classifier
             score = 0.0
-        seen = {}
-        if teacher is not None:
-            x_adv = pgd(net, x_seen, y_seen, eps=eps_test, step_size=eps_test / 4, steps=10, norm=args.norm,
-                        random_start=False)
-            seen = compare(net, projection, teacher, x_seen, x_adv, args)
+        seen = {} if teacher is None else compare(net, projection, teacher, x_seen, y_seen, eps_test, args)
         for k, v in (seen | {"val_clean": val["clean_acc"], "val_robust": val["robust_acc"]}).items():
             progress["history"].setdefault(k, []).append(v)
         x_few, y_few, step = x_val[:256], y_val[:256], (epoch + 1) * steps
         x_adv = pgd(net, x_few, y_few, eps=eps_test, step_size=eps_test / 4, steps=10, norm=args.norm,
                     random_start=False)
         speed = steps * min(args.batch_size, len(d.train.y)) / seconds
-        scalars |= {"charts/learning_rate": factor * args.lr,
-                    "charts/images_per_second": speed, "charts/epoch_seconds": time.time() - started,
-                    "charts/peak_memory_gb": data.peak_memory(device)}
+        scalars |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/images_per_second": speed,
+                    "charts/epoch_seconds": time.time() - started, "charts/peak_memory_gb": data.peak_memory(device)}
         scalars |= {f"val/{k}": v for k, v in val.items()}
         scalars |= {f"attack/{k}": v for k, v in attack_metrics(net, x_few, y_few, x_adv).items()}
         scalars |= {f"vfd/{k}": v for k, v in seen.items()}
         for tag, value in scalars.items():
             writer.add_scalar(tag, value, step)
-        rows = torch.cat([x_few[:8], x_adv[:8], (0.5 + 10 * (x_adv - x_few)[:8]).clamp(0, 1)])
-        writer.add_image("attack/clean_adversarial_10x", torchvision.utils.make_grid(rows, nrow=len(x_few[:8])), step)
+        writer.add_image("attack/clean_adversarial_10x", attack_images(x_few, x_adv), step)
         writer.flush()
         progress.update(epoch=epoch + 1, train_seconds=progress["train_seconds"] + seconds)
         if score > progress["best"]:
@@ -553,9 +542,9 @@ if __name__ == "__main__":
     torch.set_float32_matmul_precision("highest")  # in full float32, on a GPU too
     torch.backends.cudnn.allow_tf32 = False
     print(f"testing on {len(y_test)} images at eps {255 * eps_test:g}/255 ...", flush=True)
-    one = args.eval_only and not Path(run).is_dir()
+    single = args.eval_only and Path(run).is_file()
     table, others = {}, [] if teacher is None else [teacher]
-    for path in [Path(run)] if one else [run_dir / "best.pt", run_dir / "last.pt"]:
+    for path in [Path(run)] if single else [run_dir / "best.pt", run_dir / "last.pt"]:
         state = load(path, device)[2]
         net.load_state_dict(state["net"])
         if not table:
@@ -568,25 +557,28 @@ if __name__ == "__main__":
     images = progress["epoch"] * steps * min(args.batch_size, len(d.train.y))
     history, curve = progress["history"], method["curves"]["model"]
     epoch = next(iter(table.values()))["epoch"]  # of the best checkpoint: a sweep chooses by its validation accuracy
-    method |= {"history": history, **{k: v[epoch - 1] for k, v in history.items() if epoch and k.startswith("val_")}}
-    summary = {f"{k}'s use": [sum(v) / len(v) for v in row.values()] for k, row in method["usefulness"].items()}
+    method["history"] = history
+    if epoch:
+        method |= {k: history[k][epoch - 1] for k in ("val_clean", "val_robust")}
+    shown = [(f"{k}'s use", *(sum(v) / len(v) for v in row.values())) for k, row in method["usefulness"].items()]
     if teacher is not None:
         method["teacher"] |= {**teacher_state["args"], "val_clean": teacher_val}
-        summary |= {k: [v, method["distance"][k[:-5] + "adv"]] for k, v in method["distance"].items() if "clean" in k}
+        seen = method["distance"]
+        shown += [(k, seen[k + "_clean"], seen[k + "_adv"]) for k in ("cka", "distance") if k + "_clean" in seen]
     data.save(run_dir / ("eval.json" if args.eval_only else "results.json"), {
         **info, "eps": eps_test, "evaluated": len(y_test), "train_seconds": progress["train_seconds"],
         "images_per_second": images / max(progress["train_seconds"], 1e-9),
         "peak_memory_gb": data.peak_memory(device), "checkpoints": table, "robustness_curve": curve, "method": method})
     lines = [("checkpoint", *table[path.stem]), *((name, *row.values()) for name, row in table.items()), (),
              ("PGD-20 at eps", "accuracy"), *((f"{k}/255", v) for k, v in curve.items()), (),
-             ("test", "clean", "adversarial"), *((k.removesuffix("_clean"), *v) for k, v in summary.items())]
+             ("test", "clean", "adversarial"), *shown]
     print("\n".join("".join(f"{v:>14.3f}" if isinstance(v, float) else f"{v:>14}" for v in line) for line in lines))
-    if writer:
-        end = progress["epoch"] * steps
-        points = [(f"test/{name}_{k}", v, end) for name, row in table.items() for k, v in row.items()]
-        points += [("robustness_curve/model", v, float(k)) for k, v in curve.items()]
-        for tag, value, x_axis in points:
+    end = progress["epoch"] * steps
+    points = [(f"test/{name}_{k}", v, end) for name, row in table.items() for k, v in row.items()]
+    points += [("robustness_curve/model", v, float(k)) for k, v in curve.items()]
+    for tag, value, x_axis in points:
+        if abs(x_axis - round(x_axis)) < 1e-3:  # the axis has whole numbers only; results.json has the rest
             writer.add_scalar(tag, value, round(x_axis))
-        writer.close()
+    writer.close()
     print(f"written to {run_dir}; look at it with: tensorboard --logdir {run_dir.parent}")
     distributed.finish()

@@ -145,10 +145,12 @@ def checkpoint_of(run, name, script, device):
 def check(args, **own):
     """Refuse arguments outside their range: those of every script, and a script's `own`, as name=(lowest, highest).
 
-    Arguments left at None are not looked at. Raises UserError.
+    Arguments left at None are not looked at. Raises UserError. Warns of a strength or a rate that is never reached.
     """
-    if args.norm == "linf" and args.eps > 1:
-        raise UserError(f"--eps {args.eps:g} is more than a pixel's whole range: did you mean {args.eps:g}/255?")
+    for k in ("eps", "step_size"):
+        if args.norm == "linf" and (getattr(args, k) or 0) > 1:
+            raise UserError(f"--{k.replace('_', '-')} {getattr(args, k):g} is more than a pixel's whole range: did you "
+                            f"mean {getattr(args, k):g}/255?")  # fmt: skip
     ranges = {k: (1, math.inf) for k in ("width", "epochs", "batch_size", "attack_steps")}
     ranges |= {k: (0, math.inf) for k in ("seed", "eps", "eps_warmup_epochs", "weight_decay")}
     ranges |= {k: (1e-9, math.inf) for k in ("lr", "step_size")}
@@ -157,6 +159,17 @@ def check(args, **own):
         if value is not None and not low <= value <= high:  # written so, it refuses nan too
             limit = f"at least {low:g}" if not value >= low else f"at most {high:g}"
             raise UserError(f"--{k.replace('_', '-')} must be {limit}, not {value:g}")
+    if args.eps and getattr(args, "defense", "at") == "at" and args.eps_warmup_epochs >= args.epochs:
+        print(f"warning: eps rises for {args.eps_warmup_epochs:g} epochs, and training ends after {args.epochs}: see "
+              "--eps-warmup-epochs")  # fmt: skip
+    if args.milestones and max(args.milestones) >= args.epochs:
+        print(f"warning: the milestone {max(args.milestones)} is not reached in {args.epochs} epochs: see --milestones")
+
+
+def refuse_unused(args, *names):
+    """Raise UserError where one of these arguments was given: it would do nothing, and look like a result."""
+    if given := [k for k in names if getattr(args, k) != getattr(type(args), k)]:
+        raise UserError(f"--{', --'.join(given).replace('_', '-')} would do nothing here: leave it out")
 
 
 def new_folder(parent, name):
@@ -173,6 +186,13 @@ def new_folder(parent, name):
     except OSError as error:
         raise UserError(f"--runs-dir {parent} cannot be used: {error}") from None
     return distributed.agree(path)
+
+
+def write_arguments(run_dir, args, info, filled_in, writer):
+    """args.json, and a table of the same in TensorBoard; `filled_in` are the arguments that the user left out."""
+    save(run_dir / "args.json", {**info, "args": vars(args), "preset": [*filled_in]})
+    rows = "\n".join(f"|{k}|{v}|" for k, v in {**vars(args), **info}.items())
+    writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + rows)
 
 
 def cache_file(runs_dir, kind, name, key, content=()):
@@ -214,10 +234,10 @@ def check_same(args, own, state, free=(), free_in_test=()):
     """
     free = ["resume", "eval_only", "device", "data_dir", "data_on", "runs_dir", "compile", *free]
     free += ["eps", "norm", "test_size", *free_in_test] if args.eval_only else []
-    run, processes = args.resume or args.eval_only, state.get("processes", 1)
+    run, processes = args.eval_only or args.resume, state.get("processes", 1)  # a run may have been resumed itself
     if changed := [k for k, v in vars(own).items() if k not in free and getattr(args, k) != v]:
         raise UserError(f"{run} had another value of {', '.join(changed)}: leave it out")
-    if args.resume and processes != distributed.world():
+    if not args.eval_only and processes != distributed.world():
         raise UserError(f"{run} was trained by {processes} process{'es'[: 2 * (processes > 1)]}, not "
                         f"{distributed.world()}: resume it with {distributed.launcher(processes)}")  # fmt: skip
 

@@ -19,6 +19,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
 
 from common import distributed
 from common.data import to_float
@@ -233,6 +234,18 @@ def survivors(model, x, y, alive=None, *, eps, steps, step_size=None, relative_s
     return alive
 
 
+def robustness_curve(model, x, y, eps, norm="linf", batch_size=500):
+    """Accuracy under PGD-20 against its strength, from counts: {255 eps as text: fraction}, for 0 to 8 times `eps`.
+
+    At 8 eps next to nothing should be left: an attack that fails there fails everywhere.
+    """
+    clean, curve = survivors(model, x, y, eps=0, steps=0, batch_size=batch_size), {}
+    for e in (eps * f for f in (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 3 / 2, 2, 8)):  # of 8/255: 0 1 2 4 6 8 12 16 64
+        alive = survivors(model, x, y, clean, eps=e, steps=20, norm=norm, batch_size=batch_size) if e else clean
+        curve[f"{255 * e:.4g}"] = alive.sum().item() / len(y)
+    return curve
+
+
 def attack_metrics(model, x, y, x_adv):
     """What an attack did to a batch, as numbers: where robustness looks too good, one of these looks odd."""
     x = x.detach().requires_grad_()
@@ -250,6 +263,12 @@ def attack_metrics(model, x, y, x_adv):
         "linf_norm": (x_adv - x).abs().max().item(),
         "l2_norm": (x_adv - x).flatten(1).norm(dim=1).mean().item(),
     }
+
+
+def attack_images(x, x_adv, n=8):
+    """One image (3, h, w) of rows: the first n of x (of clips the first frames), of x_adv, 10 x their difference."""
+    rows = torch.cat([x[:n], x_adv[:n], (0.5 + 10 * (x_adv - x)[:n]).clamp(0, 1)])
+    return torchvision.utils.make_grid(rows if x.ndim == 4 else rows[:, :, 0], nrow=len(x[:n]))
 
 
 # --- Masks, and where to put them. x are images (N, C, H, W) or clips (N, C, T, H, W), in which every frame has a place

@@ -251,11 +251,12 @@ def test_concentration_counts_the_features_that_matter():
 
 
 @pytest.mark.parametrize("kind", ["clean", "conflict", "none"])
-def test_observations_are_those_of_slow_versions(kind, images):
+def test_observations_are_those_of_slow_versions(kind, images, monkeypatch):
     net, (x, x_adv, y), lam = make(), images, 2048.0  # so large that w decides what is over-emphasised
     args = replace(ARGS, sample_weight=kind, pairing_weight=lam)
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    seen = aalp.observe(net, x, x_adv, y, args)
+    monkeypatch.setattr(aalp, "pgd", lambda *_, **__: x_adv)
+    seen = aalp.observe(net, x, y, 8 / 255, args)
     assert same(before, net.state_dict()) and all(p.grad is None for p in net.parameters())
 
     expected, levels = {}, {"logits": [], "parameters": []}
@@ -296,9 +297,10 @@ def test_observations_are_those_of_slow_versions(kind, images):
     assert seen == pytest.approx(expected)
 
 
-def test_the_observations_above_see_both_outcomes(images):
+def test_the_observations_above_see_both_outcomes(images, monkeypatch):
     net, (x, x_adv, y) = make(), images
-    some, none = (aalp.observe(net, x, x_adv, y, replace(ARGS, sample_weight="none", pairing_weight=v))
+    monkeypatch.setattr(aalp, "pgd", lambda *_, **__: x_adv)
+    some, none = (aalp.observe(net, x, y, 8 / 255, replace(ARGS, sample_weight="none", pairing_weight=v))
                   for v in (1e4, 0.0))
     assert some["overemphasised_logits"] == some["conflicting_logits"] > 0
     assert some["overemphasised_parameters"] == some["conflicting_parameters"] > 0
@@ -488,6 +490,7 @@ def test_the_control_of_what_is_no_run_is_refused(tiny, tmp_path, capsys):
 
 REFUSED = {
     "--dropout-prob 1.5": "--dropout-prob must be at most 1",
+    "--method alp --dropout-prob 0.9": "--dropout-prob would do nothing here: leave it out",
     "--dropout-ratio -1": "--dropout-ratio must be at least 0",
     "--pairing-weight -1": "--pairing-weight must be at least 0",
     "--pairing-weight nan": "--pairing-weight must be",

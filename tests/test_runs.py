@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -239,6 +240,24 @@ def test_full_disk_is_one_line_and_keeps_what_was_there(tiny, runs, tmp_path):
     assert {p.name: p.read_bytes() for p in copy.iterdir()} == before
 
 
+def test_a_run_that_was_resumed_itself_is_evaluated_by_any_number_of_processes():
+    own = afa.Args(resume="runs/a")
+    data.check_same(replace(own, eval_only="runs/a"), own, {"processes": 2})
+    with pytest.raises(data.UserError, match="was trained by 2 processes, not 1"):
+        data.check_same(own, own, {"processes": 2})
+
+
+def test_a_strength_or_a_rate_that_is_never_reached_is_said(capsys):
+    args = afa.Args(**afa.DIGITS)
+    data.check(args)
+    data.check(replace(args, epochs=3, eps=0.0))
+    assert capsys.readouterr().out == ""
+    data.check(replace(args, epochs=3))
+    assert "eps rises for 4 epochs, and training ends after 3" in capsys.readouterr().out
+    data.check(replace(args, epochs=60, milestones=(30, 75)))
+    assert "the milestone 75 is not reached in 60 epochs" in capsys.readouterr().out
+
+
 REFUSED = {
     "--eps 8": "did you mean 8/255?",
     "--eps -1/255": "--eps must be at least 0",
@@ -247,6 +266,8 @@ REFUSED = {
     "--width 0": "--width must be at least 1",
     "--attack-steps 0": "--attack-steps must be at least 1",
     "--gate-epochs 0": "--gate-epochs must be at least 1",
+    "--bn single --harden 0.5": "--harden would do nothing here: leave it out",
+    "--step-size 2": "did you mean 2/255?",
     "--lr 0": "--lr must be at least",
     "--harden 2": "--harden must be at most 1",
     "--train-size 0": "--train-size 0: digits has from 1 to 8000",

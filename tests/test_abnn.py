@@ -275,7 +275,7 @@ def undefended():
     torch.manual_seed(0)
     net = abnn.build(args, 10)
     optimizer = abnn.optimizer_of(net, args)
-    means, _ = abnn.train_epoch(net, optimizer, d, args, 0)
+    means = abnn.train_epoch(net, optimizer, d, args, 0)
     assert 0 < means["losses/clean_ce"] < 2 and means["train/clean_acc"] > 0.3
     known = data.to_float(d.val.x[:40]), d.val.y[:40]
     return net.eval(), data.to_float(d.test.x), d.test.y, known, args
@@ -418,7 +418,7 @@ def test_other_defenses_start_from_the_same_network(defense, tiny, runs, monkeyp
     assert same(dict(abnn.load(run)[0].named_parameters()), dict(abnn.load(tiny[0])[0].twin.named_parameters()))
 
 
-def test_adversarial_training_runs_has_a_white_box_only_and_knows_the_cost_of_abnn(runs):
+def test_adversarial_training_runs_has_a_white_box_only_and_knows_the_cost_of_abnn(tiny, runs):
     run, output = finished_in_process(TINY + " --epochs 1 --defense at --compare-cost", runs, "abnn.py")
     method = json.loads((run / "results.json").read_text())["method"]
     assert set(method["threats"]) == {"worst", "C ce", "C margin", "no gradient"}

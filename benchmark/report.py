@@ -67,8 +67,12 @@ LAMBDA_0 = 6.4  # D/K of the embedded data: 64 features, ten classes
 MARKER = re.compile(r"<!-- (table|audits|cost|curve|threats|sweep|summary|value): ([^>]*?) -->(.*?)<!-- end -->", re.S)
 
 
+def flags_of(setting):
+    return re.split(r" (?=--)", setting) if setting != "default" else []
+
+
 def name_of(script, setting):
-    flags = [flag for flag in re.split(r" (?=--)", setting) if flag not in COMMON]
+    flags = [flag for flag in flags_of(setting) if flag not in COMMON]
     return NAMES.get(script, {}).get(" ".join(flags) or "default", " ".join(flags) or "default")
 
 
@@ -109,11 +113,16 @@ def grid(head, lines):
 def table(source):
     groups = {name: rows for name, rows in read(source).items() if rows[0]["checkpoint"] != "cost"}
     shown = [c for c in COLUMNS if any(row.get(c) for rows in groups.values() for row in rows)]
-    lines = []
+    lines, flags = [], {name: flags_of(rows[0]["setting"]) for name, rows in groups.items()}
+    # What all rows have is said once, above the table.
+    shared = [flag for flag in next(iter(flags.values()), []) if all(flag in own for own in flags.values())]
+    shared = shared if len(flags) > 1 else []
     for name, rows in groups.items():
-        flags = rows[0]["setting"] if rows[0]["setting"] not in ("default", name) else ""
-        lines.append([name, f"`{flags}`" if flags else "", len(rows), *(cell(rows, c) for c in shown)])
-    return grid(["", "flags", "seeds", *shown], lines)
+        own = " ".join(flag for flag in flags[name] if flag not in shared)
+        own = f"`{own}`" if own and own != name else ""
+        lines.append([name, own, len(rows), *(cell(rows, c) for c in shown)])
+    above = f"All with `{' '.join(shared)}`:\n\n" if shared else ""
+    return above + grid(["", "flags", "seeds", *shown], lines)
 
 
 def audits(source):

@@ -105,7 +105,8 @@ def test_means_over_seeds_names_and_gaps(made_up):
 
 def test_two_settings_of_one_name_are_never_averaged(made_up):
     made_up("afa", [dict(setting=f"--train-size 7000 --epochs {n}", worst=w) for n, w in ((12, 0.1), (15, 0.3))])
-    rows = report.table("afa digits reduced").splitlines()[2:]
+    above, _, _, _, *rows = report.table("afa digits reduced").splitlines()
+    assert above == "All with `--train-size 7000`:"
     assert [row.split(" | ")[2:] for row in rows] == [["1", "10.0 |"], ["1", "30.0 |"]]
 
 

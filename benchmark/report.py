@@ -11,6 +11,7 @@ What stands between a marker and `<!-- end -->` belongs to this program:
     <!-- threats: abnn digits; ABNN -->  accuracy by attacker and attack
     <!-- audits: afa digits -->          runs that were audited: what the script's attacks leave, and the audit's
     <!-- cost: abnn digits -->           seconds per epoch
+    <!-- scale: scale -->                samples a second and memory of the runs in results/scale.csv
     <!-- sweep: vfd_adv_sweep digits --> robust validation accuracy by lambda and base
     <!-- summary: digits -->             the rows of SUMMARY, of all methods
     <!-- value: afa digits; AFA; worst -->   one number, inside a sentence or a row
@@ -64,7 +65,8 @@ ATTACKERS = ("worst", "A ce", "A margin", "B ce", "B margin", "C ce", "C margin"
 ATTACKS = ("clean", "pgd", "roa", "roa_search", "af", "af_universal", "spa", "all")
 NOT_FRACTIONS = ("n50", "n90", "seconds", "at_over", "cka", "distance", "usefulness", "sample_weight")
 LAMBDA_0 = 6.4  # D/K of the embedded data: 64 features, ten classes
-MARKER = re.compile(r"<!-- (table|audits|cost|curve|threats|sweep|summary|value): ([^>]*?) -->(.*?)<!-- end -->", re.S)
+KINDS = "table audits cost curve threats scale sweep summary value".split()
+MARKER = re.compile(rf"<!-- ({'|'.join(KINDS)}): ([^>]*?) -->(.*?)<!-- end -->", re.S)
 
 
 def flags_of(setting):
@@ -160,6 +162,14 @@ def threats(source):
     return grid([name, *ATTACKS], [line for line in lines if any(line[1:])])
 
 
+def scale(source):
+    path = ROOT / "results" / f"{source}.csv"
+    rows = [row for row in csv.DictReader(path.read_text().splitlines()) if row["checkpoint"] == "last"]
+    lines = [[row["dataset"], f"`{row['command']}`", f"{float(row['images_per_second']):.0f}",
+              f"{float(row['peak_memory_gb']):.2f}", row["device"]] for row in rows]
+    return grid(["data set", "command", "samples/s", "peak memory, GB", "device"], lines)
+
+
 def sweep(source):
     found = {}
     for rows in read(source).values():
@@ -191,9 +201,9 @@ def render(kind, source):
     if kind == "value":
         return value(source)
     try:
-        text = {"table": table, "audits": audits, "cost": cost, "curve": curve, "threats": threats, "sweep": sweep,
-                "summary": summary}[kind](source)
-    except KeyError:  # no run of this name
+        text = {"table": table, "audits": audits, "cost": cost, "curve": curve, "threats": threats, "scale": scale,
+                "sweep": sweep, "summary": summary}[kind](source)
+    except (KeyError, FileNotFoundError):  # no run of this name
         text = ""
     return f"\n{text}\n" if text.count("\n") > 1 else f"\n*{MISSING}*\n"
 

@@ -118,6 +118,13 @@ def test_audits_have_a_row_for_each_run_that_was_audited(made_up):
         "| AFA | 1 | 20.0 | 500 | 10.0 | 200 | quick | losses agree |"]
 
 
+def test_scale(made_up):
+    assert "not yet measured" in report.render("scale", "scale")
+    speed = dict(images_per_second=123.4, peak_memory_gb=1.234, device="CPU", command="python afa.py")
+    made_up("scale", [dict(speed, checkpoint=k) for k in ("best", "last")])
+    assert report.scale("scale").splitlines()[2:] == ["| digits | `python afa.py` | 123 | 1.23 | CPU |"]
+
+
 def test_curves_and_sweep(made_up):
     made_up("afa", [{"setting": "default", "pgd20@0": 0.9, "pgd20@16": 0.1, "w=0 pgd20@0": 1.0, "w=0 pgd20@16": 0.0}])
     assert report.curve("afa digits").splitlines() == [

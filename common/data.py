@@ -310,6 +310,10 @@ Pixels = Annotated[float, tyro.constructors.PrimitiveConstructorSpec(
     str_from_instance=lambda value: [f"{255 * value:g}/255"])]  # fmt: skip
 
 
+def _permutation(n):
+    return np.random.RandomState(SPLIT_SEED).permutation(n)
+
+
 def load(name, data_dir="data", device="cpu", train_size=None, val_size=1000, test_size=None, data_on="auto",
          **options):  # fmt: skip
     """The data set `name`, with a validation split of `val_size` images held out of train.
@@ -335,8 +339,8 @@ def load(name, data_dir="data", device="cpu", train_size=None, val_size=1000, te
                                   ("--train-size", train_size, len(y) - val_size)):  # fmt: skip
         if size is not None and not 1 <= size <= available:
             raise UserError(f"{what} {size}: {name} has from 1 to {available} images for that")
-    order = torch.from_numpy(np.random.RandomState(SPLIT_SEED).permutation(len(y)))
-    order_test = torch.from_numpy(np.random.RandomState(SPLIT_SEED).permutation(len(y_test)))
+    order, order_test = (torch.arange(len(v)) if isinstance(v, np.memmap) else torch.from_numpy(_permutation(len(v)))
+                         for v in (x, x_test))  # fmt: skip
     train, val = order[val_size:][:train_size], order[:val_size]
 
     streamed = data_on == "host"
@@ -344,7 +348,10 @@ def load(name, data_dir="data", device="cpu", train_size=None, val_size=1000, te
         streamed = len(train) * x[:1].nbytes > 0.6 * torch.cuda.mem_get_info(device)[0]
 
     def split(images, labels, index, device_of_x=device):
-        x = torch.from_numpy(images)[index].contiguous()  # a transposed file would cost each batch its memory format
+        if isinstance(images, np.memmap):  # stored in that order: a slice of the file takes no memory
+            x = torch.from_numpy(images[: len(index) + index[0]])[index[0] :]
+        else:
+            x = torch.from_numpy(images)[index].contiguous()  # a transposed file would cost each batch its format
         return Split(x.to(device_of_x), torch.from_numpy(labels)[index].to(device))
 
     if not official:
@@ -887,6 +894,8 @@ def read_ucf101(data_dir, frames=16, split=1):
         files[part] = [dataset.samples[i] for i in dataset.indices]
         if not files[part]:
             raise UserError(f"{root} has none of the videos in {lists / f'{part}list{split:02d}.txt'}")
+        # Kept in the order that splits are taken in: they are slices of one file then, mapped by all processes alike.
+        files[part] = [files[part][i] for i in _permutation(len(files[part]))]
     official = len(files["train"]) + len(files["test"]) == 13_320 and len(dataset.classes) == 101
     cache = data_dir / "ucf101-clips"
     train = _decode_clips(files["train"], cache / f"train{split}_{2 * frames}", 2 * frames, 128, 170)

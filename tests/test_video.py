@@ -168,12 +168,13 @@ def test_ucf101_reads_clips_of_the_official_lists(tmp_path, capsys):
     (x, y), (x_test, y_test), classes, official = data.read_ucf101(tmp_path, frames=4)
     assert classes == ["Archery", "Biking"] and not official
     assert x.shape == (4, 8, 128, 170, 3) and x_test.shape == (2, 4, 112, 112, 3) and x.dtype == np.uint8
-    assert y.tolist() == [0, 0, 1, 1] and y_test.tolist() == [0, 1]
-    level = np.asarray(x)[0, :, 60, 80].astype(int)
+    order, order_test = (data._permutation(n).tolist() for n in (4, 2))  # stored as they are drawn
+    assert y.tolist() == [[0, 0, 1, 1][i] for i in order] and y_test.tolist() == order_test
+    level = np.asarray(x)[order.index(0), :, 60, 80].astype(int)
     assert (abs(level[:, 1] - (40 + 5 * 2 * np.arange(8))) <= 8).all() and (level[:, 0] < 40).all()
-    looped = np.asarray(x)[1, :, 60, 80, 1].astype(int)  # five frames only: from the start again
+    looped = np.asarray(x)[order.index(1), :, 60, 80, 1].astype(int)  # five frames only: from the start again
     assert (abs(looped - (40 + 5 * (np.arange(8) % 5))) <= 8).all()
-    tested = np.asarray(x_test)[0, :, 56, 56, 1].astype(int)  # 33 frames, 4 wanted: every eighth
+    tested = np.asarray(x_test)[order_test.index(0), :, 56, 56, 1].astype(int)  # 33 frames, 4 wanted: every eighth
     assert (abs(tested - (40 + 5 * 8 * np.arange(4))) <= 8).all()
     capsys.readouterr()
     again = data.read_ucf101(tmp_path, frames=4)
@@ -181,6 +182,11 @@ def test_ucf101_reads_clips_of_the_official_lists(tmp_path, capsys):
     d = data.load("ucf101", tmp_path, val_size=1, frames=4)
     assert d.name == "ucf101-unofficial" and d.train.x.shape == (3, 8, 128, 170, 3)
     assert d.augment == dict(flip=True, size=112, scale=(0.25, 1.0))
+    # What data in memory would be split into, and no copy: a view of the mapped file, behind the validation clip.
+    assert np.array_equal(d.train.x, x[1:]) and np.array_equal(d.val.x, x[:1]) and d.train.y.tolist() == y[1:].tolist()
+    assert d.train.x.storage_offset() == x[0].size and d.train.x.is_contiguous()
+    few = data.load("ucf101", tmp_path, val_size=1, train_size=2, test_size=1, frames=4)
+    assert np.array_equal(few.train.x, x[1:3]) and np.array_equal(few.test.x, x_test[:1])
 
 
 def test_a_changed_video_is_decoded_again_and_a_damaged_one_is_named(tmp_path, capsys):

@@ -214,8 +214,8 @@ def cache_file(runs_dir, kind, name, key, content=()):
 
 
 def named_run(args):
-    """(what the arguments name with --resume or --eval-only, its folder), or (None, None). Raises UserError for both
-    flags, for a run that is not there, and for a folder that is read-only."""
+    """(what the arguments name with --resume or --eval-only, its folder), or (None, None). Raises UserError where both
+    are given, and where the folder is read-only."""
     run = args.resume or args.eval_only
     if args.resume and args.eval_only:
         raise UserError("--resume continues a run, --eval-only evaluates one: choose")

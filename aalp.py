@@ -28,7 +28,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common import data, distributed
-from common.pgd import attack_images, attack_metrics, pgd, robustness_curve, survivors
+from common.pgd import attack_images, attack_metrics, pgd, pgd10, robustness_curve, survivors
 
 SCRIPT = Path(__file__).stem
 
@@ -251,7 +251,7 @@ def concentration(c):
 def observe(net, x, y, eps, args):
     """O1 and O2 on images (N, 3, H, W), in eval mode, and on their PGD-10 examples, as numbers: counts of features, and
     shares of samples.  [D5]"""
-    x_adv = pgd(net, x, y, eps=eps, step_size=eps / 4, steps=10, norm=args.norm, random_start=False)
+    x_adv = pgd10(net, x, y, eps, args.norm)
     result, logits = {}, []
     for kind, images in (("clean", x), ("adv", x_adv)):
         with torch.no_grad():
@@ -461,8 +461,7 @@ if __name__ == "__main__":
         for k, v in (seen | also).items():
             progress["history"].setdefault(k, []).append(v)
         x_few, y_few, step = x_val[:256], y_val[:256], (epoch + 1) * steps
-        x_adv = pgd(net, x_few, y_few, eps=eps_test, step_size=eps_test / 4, steps=10, norm=args.norm,
-                    random_start=False)
+        x_adv = pgd10(net, x_few, y_few, eps_test, args.norm)
         speed = steps * min(args.batch_size, len(d.train.y)) / seconds
         scalars |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/images_per_second": speed,
                     "charts/epoch_seconds": time.time() - started, "charts/peak_memory_gb": data.peak_memory(device)}
@@ -517,9 +516,6 @@ if __name__ == "__main__":
     end = progress["epoch"] * steps
     points = [(f"test/{name}_{k}", v, end) for name, row in table.items() for k, v in row.items()]
     points += [("robustness_curve/model", v, float(k)) for k, v in curve.items()]
-    for tag, value, x_axis in points:
-        if abs(x_axis - round(x_axis)) < 1e-3:  # the axis has whole numbers only; results.json has the rest
-            writer.add_scalar(tag, value, round(x_axis))
-    writer.close()
+    data.write_points(writer, points)
     print(f"written to {run_dir}; look at it with: tensorboard --logdir {run_dir.parent}")
     distributed.finish()

@@ -36,6 +36,7 @@ from common.pgd import (
     attack_metrics,
     frame_mask,
     pgd,
+    pgd10,
     pixel_mask,
     random_corners,
     robustness_curve,
@@ -805,8 +806,7 @@ if __name__ == "__main__":
         if val["clean_acc"] <= majority + 0.01:  # one class for everything resists all attacks, and is no classifier
             score = 0.0
         x_few, y_few, step = data.to_float(x_val[:few]), y_val[:few], (epoch + 1) * steps
-        x_adv = pgd(net, x_few, y_few, eps=eps_test, step_size=eps_test / 4, steps=10, norm=args.norm,
-                    random_start=False)
+        x_adv = pgd10(net, x_few, y_few, eps_test, args.norm)
         speed = steps * min(args.batch_size, len(d.train.y)) / seconds
         scalars |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/images_per_second": speed,
                     "charts/epoch_seconds": time.time() - started, "charts/peak_memory_gb": data.peak_memory(device)}
@@ -875,9 +875,6 @@ if __name__ == "__main__":
     points = [(f"test/{name.replace(' ', '_')}_{k}", v, end) for name, row in (table | threats).items()
               for k, v in row.items()]
     points += [(f"robustness_curve/{name}", v, float(k)) for name, row in curves.items() for k, v in row.items()]
-    for tag, value, x_axis in points:
-        if abs(x_axis - round(x_axis)) < 1e-3:  # the axis has whole numbers only; results.json has the rest
-            writer.add_scalar(tag, value, round(x_axis))
-    writer.close()
+    data.write_points(writer, points)
     print(f"written to {run_dir}; look at it with: tensorboard --logdir {run_dir.parent}")
     distributed.finish()

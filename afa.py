@@ -26,7 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common import data, distributed
-from common.pgd import attack_images, attack_metrics, pgd, robustness_curve, survivors
+from common.pgd import attack_images, attack_metrics, pgd, pgd10, robustness_curve, survivors
 
 SCRIPT = Path(__file__).stem
 
@@ -322,7 +322,7 @@ def measure(net, x, y, eps, args):
     for name, model in models.items():
         records = []
         for e in result["strengths"]:
-            x_adv = pgd(model, x, y, eps=e, step_size=e / 4, steps=10, norm=args.norm, random_start=False)
+            x_adv = pgd10(model, x, y, e, args.norm)
             model(x_adv, record=(record := []))
             records.append(record)
         layers = [torch.stack([s.mean(0) for s, _ in layer]).cpu() for layer in zip(*records)]  # (9, 2, C)
@@ -475,8 +475,7 @@ if __name__ == "__main__":
         if val["clean_acc"] <= majority + 0.01:  # one class for everything resists all attacks, and is no classifier
             score = 0.0
         x_few, y_few, step = x_val[:256], y_val[:256], (epoch + 1) * steps
-        x_adv = pgd(model, x_few, y_few, eps=eps_test, step_size=eps_test / 4, steps=10, norm=args.norm,
-                    random_start=False)
+        x_adv = pgd10(model, x_few, y_few, eps_test, args.norm)
         speed = steps * min(args.batch_size, len(d.train.y)) / seconds
         scalars |= {"charts/learning_rate": optimizers[stage].param_groups[0]["lr"], "charts/images_per_second": speed,
                     "charts/epoch_seconds": time.time() - started, "charts/peak_memory_gb": data.peak_memory(device)}
@@ -538,9 +537,6 @@ if __name__ == "__main__":
             for name, statistic in method["statistics"].items():
                 for what, shift in zip(("mean", "log_sd"), statistic["shift"][layer]):
                     points.append((f"afa/shift_{what}/{name}_layer{layer}", shift[i], 255 * e))
-    for tag, value, x_axis in points:
-        if abs(x_axis - round(x_axis)) < 1e-3:  # the axis has whole numbers only; results.json has the rest
-            writer.add_scalar(tag, value, round(x_axis))
-    writer.close()
+    data.write_points(writer, points)
     print(f"written to {run_dir}; look at it with: tensorboard --logdir {run_dir.parent}")
     distributed.finish()

@@ -27,7 +27,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common import data, distributed
-from common.pgd import attack_images, attack_metrics, kl, pgd, robustness_curve, survivors
+from common.pgd import attack_images, attack_metrics, kl, pgd, pgd10, robustness_curve, survivors
 
 SCRIPT = Path(__file__).stem
 
@@ -280,7 +280,7 @@ def compare(net, projection, teacher, x, y, eps, args):
     2019, arXiv 1905.00414).
     """
     result, which = {}, args.distill == "features"  # the network returns (logits, features)
-    x_adv = pgd(net, x, y, eps=eps, step_size=eps / 4, steps=10, norm=args.norm, random_start=False)
+    x_adv = pgd10(net, x, y, eps, args.norm)
     with torch.no_grad():
         t = teacher(x, return_features=True)[which]
         for kind, images in (("clean", x), ("adv", x_adv)):
@@ -345,8 +345,7 @@ def measure(net, projection, teacher, x, y, eps, args):
         result["teacher"] = {"test_clean": survivors(teacher, x, y, eps=0, steps=0).sum().item() / len(y)}
     x, y = x[:1000], y[:1000]
     for name, model in (("teacher", teacher), ("student", net)) if teacher is not None else (("student", net),):
-        x_adv = torch.cat([pgd(model, *part, eps=eps, step_size=eps / 4, steps=10, norm=args.norm, random_start=False)
-                           for part in zip(x.split(250), y.split(250))])
+        x_adv = torch.cat([pgd10(model, *part, eps, args.norm) for part in zip(x.split(250), y.split(250))])
         with torch.no_grad():
             features = [torch.cat([model.features(part) for part in v.split(250)]) for v in (x, x_adv)]
         result["usefulness"][name] = usefulness(*features, y, model.fc.out_features)
@@ -374,7 +373,7 @@ if __name__ == "__main__":
         net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
         args = tyro.cli(Args, description=__doc__, default=own)
         data.check_same(args, own, state)
-    if not run:
+    else:
         unused = ["beta"] * (args.base == "at") + ["teacher_arch", "teacher_width"] * (args.teacher is not None)
         data.refuse_unused(args, *unused)
     preset = {**PRESETS[args.dataset][args.preset], "beta": BETA[args.base]}
@@ -517,8 +516,7 @@ if __name__ == "__main__":
         for k, v in (seen | {"val_clean": val["clean_acc"], "val_robust": val["robust_acc"]}).items():
             progress["history"].setdefault(k, []).append(v)
         x_few, y_few, step = x_val[:256], y_val[:256], (epoch + 1) * steps
-        x_adv = pgd(net, x_few, y_few, eps=eps_test, step_size=eps_test / 4, steps=10, norm=args.norm,
-                    random_start=False)
+        x_adv = pgd10(net, x_few, y_few, eps_test, args.norm)
         speed = steps * min(args.batch_size, len(d.train.y)) / seconds
         scalars |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/images_per_second": speed,
                     "charts/epoch_seconds": time.time() - started, "charts/peak_memory_gb": data.peak_memory(device)}
@@ -576,9 +574,6 @@ if __name__ == "__main__":
     end = progress["epoch"] * steps
     points = [(f"test/{name}_{k}", v, end) for name, row in table.items() for k, v in row.items()]
     points += [("robustness_curve/model", v, float(k)) for k, v in curve.items()]
-    for tag, value, x_axis in points:
-        if abs(x_axis - round(x_axis)) < 1e-3:  # the axis has whole numbers only; results.json has the rest
-            writer.add_scalar(tag, value, round(x_axis))
-    writer.close()
+    data.write_points(writer, points)
     print(f"written to {run_dir}; look at it with: tensorboard --logdir {run_dir.parent}")
     distributed.finish()

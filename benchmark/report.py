@@ -65,8 +65,6 @@ ATTACKERS = ("worst", "A ce", "A margin", "B ce", "B margin", "C ce", "C margin"
 ATTACKS = ("clean", "pgd", "roa", "roa_search", "af", "af_universal", "spa", "all")
 NOT_FRACTIONS = ("n50", "n90", "seconds", "at_over", "cka", "distance", "usefulness", "sample_weight")
 LAMBDA_0 = 6.4  # D/K of the embedded data: 64 features, ten classes
-KINDS = "table audits cost curve threats scale sweep summary value".split()
-MARKER = re.compile(rf"<!-- ({'|'.join(KINDS)}): ([^>]*?) -->(.*?)<!-- end -->", re.S)
 
 
 def flags_of(setting):
@@ -196,13 +194,16 @@ def value(source):
     return cell(read(source).get(name, []), column) or MISSING
 
 
+KINDS = {f.__name__: f for f in (table, audits, cost, curve, threats, scale, sweep, summary, value)}
+MARKER = re.compile(rf"<!-- ({'|'.join(KINDS)}): ([^>]*?) -->(.*?)<!-- end -->", re.S)
+
+
 def render(kind, source):
     """What belongs between the marker and its end."""
     if kind == "value":
         return value(source)
     try:
-        text = {"table": table, "audits": audits, "cost": cost, "curve": curve, "threats": threats, "scale": scale,
-                "sweep": sweep, "summary": summary}[kind](source)
+        text = KINDS[kind](source)
     except (KeyError, FileNotFoundError):  # no run of this name
         text = ""
     return f"\n{text}\n" if text.count("\n") > 1 else f"\n*{MISSING}*\n"

@@ -195,6 +195,15 @@ def write_arguments(run_dir, args, info, filled_in, writer):
     writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + rows)
 
 
+def write_points(writer, points):
+    """The last of a run's (tag, value, x), then close the writer. TensorBoard's axis has whole numbers only: values
+    between them would share a point with others, and are left to results.json."""
+    for tag, value, x_axis in points:
+        if abs(x_axis - round(x_axis)) < 1e-3:
+            writer.add_scalar(tag, value, round(x_axis))
+    writer.close()
+
+
 def cache_file(runs_dir, kind, name, key, content=()):
     """runs_dir/kind/name__hash.pt, its folder made: where a trained network is kept, to be found by runs to come.
 
@@ -339,28 +348,25 @@ def load(name, data_dir="data", device="cpu", train_size=None, val_size=1000, te
                                   ("--train-size", train_size, len(y) - val_size)):  # fmt: skip
         if size is not None and not 1 <= size <= available:
             raise UserError(f"{what} {size}: {name} has from 1 to {available} images for that")
-    order, order_test = (torch.arange(len(v)) if isinstance(v, np.memmap) else torch.from_numpy(_permutation(len(v)))
-                         for v in (x, x_test))  # fmt: skip
-    train, val = order[val_size:][:train_size], order[:val_size]
-
+    train_size = len(y) - val_size if train_size is None else train_size
     streamed = data_on == "host"
     if data_on == "auto" and device.type == "cuda":
-        streamed = len(train) * x[:1].nbytes > 0.6 * torch.cuda.mem_get_info(device)[0]
+        streamed = train_size * x[:1].nbytes > 0.6 * torch.cuda.mem_get_info(device)[0]
 
-    def split(images, labels, index, device_of_x=device):
-        if isinstance(images, np.memmap):  # stored in that order: a slice of the file takes no memory
-            x = torch.from_numpy(images[: len(index) + index[0]])[index[0] :]
-        else:
-            x = torch.from_numpy(images)[index].contiguous()  # a transposed file would cost each batch its format
-        return Split(x.to(device_of_x), torch.from_numpy(labels)[index].to(device))
+    def split(images, labels, start, size, device_of_x=device):
+        rows = slice(start, None if size is None else start + size)
+        if not isinstance(images, np.memmap):  # one is stored in that order: a slice of the file takes no memory
+            rows = torch.from_numpy(_permutation(len(labels)))[rows]
+        x = torch.from_numpy(images)[rows].contiguous()  # a transposed file would cost each batch its memory format
+        return Split(x.to(device_of_x), torch.from_numpy(labels)[rows].to(device))
 
     if not official:
         print(f"warning: the files in {data_dir} have the layout of {name} but are not the official ones ({len(y)} for "
               f"training, {len(y_test)} for testing): results are named {name}-unofficial")  # fmt: skip
     augment = AUGMENT.get(name, dict(pad=4, flip=True)) | ({"streamed": True} if streamed else {})
     return Data(name if official else f"{name}-unofficial", classes,
-                split(x, y, train, torch.device("cpu") if streamed else device), split(x, y, val),
-                split(x_test, y_test, order_test[:test_size]), augment)  # fmt: skip
+                split(x, y, val_size, train_size, torch.device("cpu") if streamed else device),
+                split(x, y, 0, val_size), split(x_test, y_test, 0, test_size), augment)  # fmt: skip
 
 
 VIDEO = ("moving-digits", "ucf101")  # the sets of clips

@@ -234,6 +234,11 @@ def survivors(model, x, y, alive=None, *, eps, steps, step_size=None, relative_s
     return alive
 
 
+def pgd10(model, x, y, eps, norm="linf"):
+    """PGD-10 without a random start: examples to look at a network with, the same at each look."""
+    return pgd(model, x, y, eps=eps, step_size=eps / 4, steps=10, norm=norm, random_start=False)
+
+
 def robustness_curve(model, x, y, eps, norm="linf", batch_size=500):
     """Accuracy under PGD-20 against its strength, from counts: {255 eps as text: fraction}, for 0 to 8 times `eps`.
 

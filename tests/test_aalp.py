@@ -255,7 +255,7 @@ def test_observations_are_those_of_slow_versions(kind, images, monkeypatch):
     net, (x, x_adv, y), lam = make(), images, 2048.0  # so large that w decides what is over-emphasised
     args = replace(ARGS, sample_weight=kind, pairing_weight=lam)
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    monkeypatch.setattr(aalp, "pgd", lambda *_, **__: x_adv)
+    monkeypatch.setattr(aalp, "pgd10", lambda *_, **__: x_adv)
     seen = aalp.observe(net, x, y, 8 / 255, args)
     assert same(before, net.state_dict()) and all(p.grad is None for p in net.parameters())
 
@@ -299,7 +299,7 @@ def test_observations_are_those_of_slow_versions(kind, images, monkeypatch):
 
 def test_the_observations_above_see_both_outcomes(images, monkeypatch):
     net, (x, x_adv, y) = make(), images
-    monkeypatch.setattr(aalp, "pgd", lambda *_, **__: x_adv)
+    monkeypatch.setattr(aalp, "pgd10", lambda *_, **__: x_adv)
     some, none = (aalp.observe(net, x, y, 8 / 255, replace(ARGS, sample_weight="none", pairing_weight=v))
                   for v in (1e4, 0.0))
     assert some["overemphasised_logits"] == some["conflicting_logits"] > 0

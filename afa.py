@@ -267,17 +267,17 @@ def stage2_attack(net, x, y, args, generator):
     A share `harden` is crafted with w frozen at 0, 1/2 or 1: an adversary who ignores it.  [D4]
     """
     n, steps = len(x), max(args.attack_steps, 10)  # a generator soon finds out what a weaker attack overlooks
-    order = torch.randperm(n, device=x.device, generator=generator)
-    eps = args.eps * torch.rand(n, device=x.device, generator=generator)
-    eps[order[: n // 4]], eps[order[n // 4 : n // 2]] = 0, args.eps
-    cut = round(args.harden * n)
+    rest = n - n // 4  # the last quarter needs no attack: the batch comes in random order
+    eps = args.eps * torch.rand(rest, device=x.device, generator=generator)
+    eps[torch.randperm(rest, device=x.device, generator=generator)[: n // 4]] = args.eps
+    cut = round(args.harden * rest)
     w = torch.randint(0, 3, (cut, 1), device=x.device, generator=generator).expand(-1, net.layers) / 2
-    parts = []
-    for model, i in ((partial(net, w=w), slice(0, cut)), (net, slice(cut, n))):
+    x_adv = x.clone()
+    for model, i in ((partial(net, w=w), slice(0, cut)), (net, slice(cut, rest))):
         if i.start < i.stop:
-            parts.append(pgd(model, x[i], y[i], eps=eps[i], step_size=2.5 / steps * eps[i], steps=steps,
-                             norm=args.norm, generator=generator))
-    return torch.cat(parts)
+            x_adv[i] = pgd(model, x[i], y[i], eps=eps[i], step_size=2.5 / steps * eps[i], steps=steps,
+                           norm=args.norm, generator=generator)
+    return x_adv
 
 
 # --- Evaluation
@@ -467,9 +467,9 @@ if __name__ == "__main__":
         # Validation: in stage 1 each end on its own kind of data, in stage 2 the whole model on both.
         net.eval()
         clean_model, model = (partial(net, w=0.0), partial(net, w=1.0)) if learned and stage == 1 else (net, net)
-        alive = {"clean_acc": survivors(clean_model, x_val, y_val, eps=0, steps=0),
-                 "robust_acc": survivors(model, x_val, y_val, eps=eps_test, steps=10, norm=args.norm)}
-        val = {k: mask.sum().item() / len(mask) for k, mask in alive.items()}
+        clean, alive = (survivors(m, x_val, y_val, eps=0, steps=0) for m in (clean_model, model))
+        robust = survivors(model, x_val, y_val, alive, eps=eps_test, steps=10, norm=args.norm)
+        val = {k: mask.sum().item() / len(mask) for k, mask in (("clean_acc", clean), ("robust_acc", robust))}
         score = val["robust_acc" if args.eps else "clean_acc"]
         score = sum(val.values()) / 2 if learned else score  # AFA is for all strengths: both count  [D7]
         if val["clean_acc"] <= majority + 0.01:  # one class for everything resists all attacks, and is no classifier

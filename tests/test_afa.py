@@ -145,8 +145,14 @@ def test_fixed_fusion_is_the_fixed_path(x):
         assert torch.equal(net(x), net(x, float(fusion)))
 
 
-def test_stage2_examples_have_every_strength_and_leave_the_network_alone():
-    net = make()
+def test_stage2_examples_have_every_strength_and_leave_the_network_alone(monkeypatch):
+    net, attacked = make(), []
+
+    def counted(model, x, *rest, **settings):
+        attacked.append((model, len(x)))
+        return pgd(model, x, *rest, **settings)
+
+    monkeypatch.setattr(afa, "pgd", counted)
     net.requires_grad_(False)
     for p in net.generator.parameters():
         p.requires_grad_(True)
@@ -156,6 +162,9 @@ def test_stage2_examples_have_every_strength_and_leave_the_network_alone():
     x_adv = afa.stage2_attack(net, x, y, ARGS, torch.Generator().manual_seed(0))
     strength = (x_adv - x).abs().amax((1, 2, 3))
     assert (strength == 0).sum() == 16
+    (frozen, share), (whole, others) = attacked  # and those that stay as they are cost nothing
+    assert share == round(48 * ARGS.harden) and share + others == 48
+    assert whole is net and set(frozen.keywords["w"].unique().tolist()) <= {0.0, 0.5, 1.0}
     assert ((strength > 0.99 * ARGS.eps) & (strength < 1.001 * ARGS.eps)).sum() >= 16
     inside = strength[(strength > 0) & (strength < 0.98 * ARGS.eps)]
     assert len(inside) >= 20 and inside.min() < 0.3 * ARGS.eps and inside.max() > 0.7 * ARGS.eps

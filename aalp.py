@@ -304,13 +304,13 @@ ATTACKS = {  # columns of the final table, as settings of survivors()
 }
 
 
-def evaluate(net, x, y, eps, norm, others=()):
+def evaluate(net, x, y, eps, norm, others=(), batch_size=500):
     """Accuracies of the final table, from counts over all of x. First `worst`, their per-example minimum.
 
     `others` are models to transfer from: the column `transfer` is PGD-20 with both losses on each of them.
     """
-    clean = survivors(net, x, y, eps=0, steps=0)
-    attack = partial(survivors, net, x, y, clean, eps=eps, norm=norm)
+    clean = survivors(net, x, y, eps=0, steps=0, batch_size=batch_size)
+    attack = partial(survivors, net, x, y, clean, eps=eps, norm=norm, batch_size=batch_size)
     alive = {"clean": clean, **{name: attack(**settings) for name, settings in ATTACKS.items()}}
     if others:
         masks = [attack(steps=20, loss=loss, source=other) for other in others for loss in ("ce", "margin")]

@@ -19,7 +19,6 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Literal
 
 import torch
@@ -35,13 +34,10 @@ from common.pgd import (
     attack_images,
     attack_metrics,
     frame_mask,
+    masked_attack,
     pgd,
     pgd10,
-    pixel_mask,
-    random_corners,
     robustness_curve,
-    search_corners,
-    square_mask,
     survivors,
     universal,
 )
@@ -100,7 +96,6 @@ class Args:
     moments: Literal["sample", "batch"] = "sample"  # mean and std of one sample, or of the batch as the authors do
     equalised: bool = True  # scale A where it is used, as the authors do; otherwise its start, and it learns far faster
     align_weight: float = 0.0  # weight of a loss that pulls T's statistics towards those of S
-    compare_cost: bool = False  # also measure the seconds per epoch of the three defenses, step by step in turn
 
 
 # An argument left at None takes its value here.
@@ -551,13 +546,13 @@ ATTACKS = {  # columns of the final table, as settings of survivors()
 }
 
 
-def evaluate(net, x, y, eps, norm, others=()):
+def evaluate(net, x, y, eps, norm, others=(), batch_size=500):
     """Accuracies of the final table, from counts over all of x. First `worst`, their per-example minimum.
 
     `others` are models to transfer from: the column `transfer` is PGD-20 with both losses on each of them.
     """
-    clean = survivors(net, x, y, eps=0, steps=0)
-    attack = partial(survivors, net, x, y, clean, eps=eps, norm=norm)
+    clean = survivors(net, x, y, eps=0, steps=0, batch_size=batch_size)
+    attack = partial(survivors, net, x, y, clean, eps=eps, norm=norm, batch_size=batch_size)
     alive = {"clean": clean, **{name: attack(**settings) for name, settings in ATTACKS.items()}}
     if others:
         masks = [attack(steps=20, loss=loss, source=other) for other in others for loss in ("ce", "margin")]
@@ -578,29 +573,12 @@ def sizes(args):
     return {"roa": min(round(square * k**0.5), SIDES.get(args.dataset, 32)), "af": k * width, "spa": k * pixels}
 
 
-def craft(name, source, x, y, args, generator, steps=30, loss="ce", frame=None):
-    """x_adv for x (N, 3, [T,] H, W) by an attack of PHYSICAL on the model `source`; `frame` is the universal one.
-
-    Outside the ball of PGD a pixel may take every value: 30 steps of .05 from grey, from random (frame) or from black.
-    """
-    eps, size = args.eps, sizes(args)
+def craft(name, source, x, y, args, generator, steps=30, **how):
+    """x_adv for x (N, 3, [T,] H, W) by an attack of PHYSICAL on the model `source`: in the ball, or in a mask.  [D6]"""
     if name == "pgd":
-        return pgd(source, x, y, eps=eps, step_size=eps / 4, steps=min(steps, 20), norm=args.norm, loss=loss,
-                   generator=generator)
-    attack = partial(pgd, source, y=y, eps=1.0, step_size=0.05, steps=steps, loss=loss, generator=generator)
-    border = frame_mask(size["af"], x)
-    if name == "af":
-        return attack(x, mask=border)
-    if name == "af_universal":
-        return torch.where(border, frame, x)
-    if name == "spa":
-        mask, colour = pixel_mask(size["spa"], x, generator), 0.0
-    else:
-        search = name == "roa_search"
-        corners = (search_corners(source, x, y, size["roa"], loss) if search else
-                   random_corners(size["roa"], x, generator))
-        mask, colour = square_mask(corners, size["roa"], x), 0.5
-    return attack(x.masked_fill(mask, colour), mask=mask, random_start=False)
+        return pgd(source, x, y, eps=args.eps, step_size=args.eps / 4, steps=min(steps, 20), norm=args.norm,
+                   generator=generator, **how)
+    return masked_attack(name, source, x, y, sizes(args)[name.split("_")[0]], steps=steps, generator=generator, **how)
 
 
 def above(a, b):
@@ -673,33 +651,6 @@ def measure(net, x, y, eps, args, part):
     return {name: robustness_curve(model, x, y, eps, args.norm, part) for name, model in models.items()}
 
 
-def seconds_per_epoch(args, d, device, rounds=10):
-    """{defense: seconds}: the median of steps that the three take in turn. PGD-10 whatever --attack-steps is.  [D8]"""
-    runners, seconds, generator = {}, defaultdict(list), torch.Generator(device).manual_seed(0)
-    for defense in ("none", "at", "abnn"):
-        own = replace(args, defense=defense, attack_steps=10)
-        net = build(own, len(d.classes)).to(device, memory_format=torch.channels_last)
-        if args.compile:
-            net.compile()
-        runners[defense] = net, optimizer_of(net, own), own
-    side = SIDES.get(args.dataset, 32)
-    size = min(args.batch_size, len(d.train.y)) // distributed.world()
-    frames = [args.frames] if args.dataset in data.VIDEO else []
-    # What is in the images does not matter to the clock; their memory format, that of `to_float`, does.
-    x = torch.rand(size, *frames, side, side, 3, device=device).movedim(-1, 1)
-    y = torch.randint(len(d.classes), (size,), device=device)
-    for i in range(rounds + 2):
-        for defense, (net, optimizer, own) in runners.items():
-            started = time.perf_counter()
-            terms, _ = train_step(net, optimizer, x, y, own, generator=generator)
-            sum(terms.values()).item()  # waits for the device
-            if i >= 2:  # the first steps allocate, and compile
-                seconds[defense].append(time.perf_counter() - started)
-    steps = data.steps_per_epoch(len(d.train.y), args.batch_size)
-    result = {defense: steps * median(values) for defense, values in seconds.items()}
-    return result | {"at_over_abnn": result["at"] / result["abnn"]}
-
-
 def load(run, device="cpu", name="best.pt"):
     """(net, args, state) of the checkpoint `name` in a run's folder, or of a .pt file; net in eval mode."""
     with data.checkpoint_of(run, name, SCRIPT, device) as state:
@@ -718,10 +669,10 @@ if __name__ == "__main__":
     if run:
         net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
         args = tyro.cli(Args, description=__doc__, default=own)
-        data.check_same(args, own, state, free=["compare_cost"], free_in_test=["attack_strength"])
+        data.check_same(args, own, state, free_in_test=["attack_strength"])
     given, video = args, args.dataset in data.VIDEO
     unused = ["frames", "split"] * (not video)
-    if args.defense != "abnn" and not args.compare_cost:
+    if args.defense != "abnn":
         unused += ["substitute", "substitute_arch", "substitute_width", "statistics", "moments", "equalised",
                    "align_weight"]
     if not run:
@@ -733,7 +684,7 @@ if __name__ == "__main__":
         raise data.UserError(f"--arch {args.arch} is not for {args.dataset}: one is of images, the other of video")
     if (args.width and args.arch == "r3d18") or (args.substitute_width and args.substitute_arch == "r3d18"):
         raise data.UserError("r3d18 has a width of its own: leave --width and --substitute-width out")
-    if (args.defense == "abnn" or args.compare_cost) and not (run and args.substitute_arch):
+    if args.defense == "abnn" and not run:
         args, substitute = find_substitute(args)
     preset = {k: v for k, v in asdict(args).items() if v != getattr(given, k)}
 
@@ -830,7 +781,6 @@ if __name__ == "__main__":
         shown = ", ".join(f"{k} {v:.3f}" for k, v in scalars.items() if k.startswith(("losses", "val")))
         bar.write(f"epoch {epoch + 1}/{args.epochs}: {shown}, {speed:.0f} {what}/s")
     bar.close()
-    cost = seconds_per_epoch(args, d, device) if args.compare_cost else None  # in the precision of training
 
     # Final evaluation: the test split, for the first and only time.
     torch.set_float32_matmul_precision("highest")  # in full float32, on a GPU too
@@ -845,19 +795,13 @@ if __name__ == "__main__":
             curves = measure(net, x_test, y_test, eps_test, args, part)
             known = data.to_float(x_val[: min(100, 2 * part)]), y_val[: min(100, 2 * part)]
             threats, warnings = evaluate_threats(net, x_test, y_test, known, args, part)
-        if same := [row for row in table.values() if row["epoch"] == state["epoch"]]:  # the best epoch may be the last
-            table[path.stem] = same[0]
-            continue
-        rows = [(len(y), evaluate(net, x, y, eps_test, args.norm, others))  # in parts: a clip takes much memory
-                for x, y in zip(x_test.split(part), y_test.split(part))]
-        table[path.stem] = {"epoch": state["epoch"], **{
-            k: round(sum(n * row[k] for n, row in rows)) / len(y_test) for k in rows[0][1]}}
+        same = [row for row in table.values() if row["epoch"] == state["epoch"]]  # the best epoch may be the last
+        table[path.stem] = same[0] if same else {
+            "epoch": state["epoch"], **evaluate(net, x_test, y_test, eps_test, args.norm, others, part)}
     progress = {k: state[k] for k in progress}  # of the last checkpoint: with --eval-only too
     images = progress["epoch"] * steps * min(args.batch_size, len(d.train.y))
     method = {"threats": threats, "warnings": warnings, "verdict": verdict(threats, len(d.classes)), "curves": curves,
               "history": progress["history"], "sizes": sizes(args)}
-    if cost:
-        method["seconds_per_epoch"] = cost
     data.save(run_dir / ("eval.json" if args.eval_only else "results.json"), {
         **info, "eps": eps_test, "evaluated": len(y_test), "train_seconds": progress["train_seconds"],
         "images_per_second": images / max(progress["train_seconds"], 1e-9),
@@ -867,8 +811,6 @@ if __name__ == "__main__":
     lines = [("checkpoint", *table[path.stem]), *((name, *row.values()) for name, row in table.items()), (),
              ("PGD-20 at eps", *curves), *((f"{k}/255", *(c[k] for c in curves.values())) for k in curves["model"]), (),
              (args.defense, *columns), *((k, *(row.get(name, "") for name in columns)) for k, row in threats.items())]
-    if cost:
-        lines += [(), ("s per epoch", *cost), ("", *(round(v, 3) for v in cost.values()))]
     print("\n".join("".join(f"{v:>14.3f}" if isinstance(v, float) else f"{v:>14}" for v in line) for line in lines))
     print("\n".join([f"warning: {w}" for w in warnings] + [method["verdict"]]))
     end = progress["epoch"] * steps

@@ -2,7 +2,6 @@
 # The runs behind docs/abnn.md, one command a row. Runs that results/abnn.csv has already are skipped.
 #   bash benchmark/abnn.sh          embedded images
 #   bash benchmark/abnn.sh video    embedded video
-#   bash benchmark/abnn.sh cost     seconds per epoch of the three defenses, on embedded data
 #   bash benchmark/abnn.sh cifar10  reduced CIFAR-10, for one CPU core: 7,000 images, a small network, 3 attack steps
 #   bash benchmark/abnn.sh svhn     reduced SVHN, likewise, with eps rising for half of the epochs
 #   bash benchmark/abnn.sh gpu      full size, images and video, for a GPU
@@ -10,13 +9,12 @@
 #   SEEDS=1 bash benchmark/abnn.sh cifar10          of one seed only
 #   bash benchmark/abnn.sh gpu --also="--data-dir D --device cuda:1"      flags for all of them
 # The first run of a seed trains the clean networks, the others find them in runs/substitutes. Reduced CIFAR-10 and SVHN
-# are each other's substitute. A run with --compare-cost measures the clock: its accuracies mean nothing.
+# are each other's substitute.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 part=digits
 if [[ ${1:-} && $1 != --* ]]; then part=$1; shift; fi
 reduced="--arch preactresnet8 --attack-steps 3 --train-size 7000 --val-size 500 --test-size 200"
-cost="--compare-cost --epochs 1 --clean-epochs 1 --test-size 1 --runs-dir runs/cost"
 
 commands() {
     case $part in
@@ -42,11 +40,6 @@ commands() {
             echo python abnn.py --dataset moving-digits --seed $seed --statistics flat --moments batch
         done
         ;;
-    cost)
-        for dataset in digits moving-digits; do
-            echo python abnn.py --dataset $dataset $cost
-        done
-        ;;
     cifar10 | svhn)
         # With eps rising for 3 epochs of 24, as on CIFAR-10, PGD-AT ends with one class for everything on SVHN.
         [[ $part = svhn ]] && warmup=8 substitute=cifar10 || warmup=3 substitute=svhn
@@ -70,7 +63,6 @@ commands() {
                 echo python abnn.py $full --statistics channel
                 echo python abnn.py $full --statistics channel --moments batch
             done
-            echo python abnn.py --dataset $dataset --bf16 --compile $cost
         done
         for dataset in cifar100 tiny-imagenet; do
             for seed in ${SEEDS:-1 2 3}; do
@@ -81,7 +73,7 @@ commands() {
         done
         ;;
     *)
-        echo "error: no list $part: choose digits, video, cost, cifar10, svhn or gpu" >&2
+        echo "error: no list $part: choose digits, video, cifar10, svhn or gpu" >&2
         exit 2
         ;;
     esac

@@ -78,8 +78,7 @@ def audited(run):
 
 
 def rows(run, validation=False):
-    """The rows of a run's folder, each a dict. Measuring the cost (`--compare-cost`) gives one row, of seconds alone:
-    its accuracies are not those of a run that trains to the end."""
+    """The rows of a run's folder, each a dict."""
     try:
         info, results = (json.loads((Path(run) / name).read_text()) for name in ("args.json", "results.json"))
     except FileNotFoundError as error:
@@ -101,10 +100,6 @@ def rows(run, validation=False):
         row = {k: method[k] for k in ("val_clean", "val_robust")}
         yield {**shared, "checkpoint": "best", "epoch": results["checkpoints"]["best"]["epoch"], **row, **eps,
                **{k: v for k, v in rest.items() if k != "evaluated"}}
-    elif cost := method.get("seconds_per_epoch"):
-        seconds = {k if "over" in k else f"seconds {k}": v for k, v in cost.items()}
-        own = {k: rest[k] for k in ("device", "python", "torch", "commit", "command")}
-        yield {**shared, "checkpoint": "cost", **seconds, **own}
     else:
         for name, row in results["checkpoints"].items():
             curve = {f"pgd20@{k}": v for k, v in results["robustness_curve"].items()} if name == "best" else {}

@@ -10,7 +10,8 @@ What stands between a marker and `<!-- end -->` belongs to this program:
     <!-- curve: afa digits -->           PGD-20 accuracy against eps
     <!-- threats: abnn digits; ABNN -->  accuracy by attacker and attack
     <!-- audits: afa digits -->          runs that were audited: what the script's attacks leave, and the audit's
-    <!-- cost: abnn digits -->           seconds per epoch
+    <!-- cost: speed_abnn -->            milliseconds a step, from results/speed_abnn.json of benchmark/speed.py
+    <!-- ratio: speed_abnn; A; B -->     A over B of these, inside a sentence or a row
     <!-- scale: scale -->                samples a second and memory of the runs in results/scale.csv
     <!-- sweep: vfd_adv_sweep digits --> robust validation accuracy by lambda and base
     <!-- summary: digits -->             the rows of SUMMARY, of all methods
@@ -21,6 +22,7 @@ Fractions are shown in percent. What no csv has yet is shown as "not yet measure
 
 import argparse
 import csv
+import json
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -46,8 +48,7 @@ NAMES = {
              "--statistics channel --moments batch": "ABNN, channel, batch moments",
              "--statistics flat": "ABNN, flat", "--statistics flat --moments batch": "ABNN, flat, batch moments",
              "--no-equalised": "ABNN, map that learns", "--align-weight 1.0": "ABNN, alignment loss",
-             "--defense at": "PGD-AT", "--defense none": "undefended",
-             "--epochs 1 --clean-epochs 1 --compare-cost": "seconds per epoch"},
+             "--defense at": "PGD-AT", "--defense none": "undefended"},
 }  # fmt: skip
 SUMMARY = (("afa", "AFA"), ("afa", "PGD-AT, 16 epochs"), ("aalp", "AALP, both modules"), ("aalp", "ALP"),
            ("aalp", "no pairing"), ("vfd_adv", "AT + VFD"), ("vfd_adv", "AT"), ("vfd_adv", "TRADES + VFD"),
@@ -57,13 +58,11 @@ SUMMARY = (("afa", "AFA"), ("afa", "PGD-AT, 16 epochs"), ("aalp", "AALP, both mo
 COMMON = {"--arch preactresnet8", "--attack-steps 3", "--train-size 7000", "--val-size 500", "--test-size 500",
           "--test-size 200", "--epochs 12", "--epochs 15", "--epochs 18", "--epochs 24",
           *(f"--eps-warmup-epochs {n}.0" for n in (3, 6, 8, 9, 12)), "--gate-epochs 2", "--teacher-epochs 10",
-          "--clean-epochs 10", "--substitute svhn", "--substitute cifar10", "--bf16", "--compile",
-          "--test-size 1"}  # fmt: skip
+          "--clean-epochs 10", "--substitute svhn", "--substitute cifar10", "--bf16", "--compile"}  # fmt: skip
 COLUMNS = "worst clean fgsm pgd20 pgd50_margin targeted transfer".split()
-COST = ("seconds none", "seconds at", "seconds abnn", "at_over_abnn")
 ATTACKERS = ("worst", "A ce", "A margin", "B ce", "B margin", "C ce", "C margin", "no gradient")
 ATTACKS = ("clean", "pgd", "roa", "roa_search", "af", "af_universal", "spa", "all")
-NOT_FRACTIONS = ("n50", "n90", "seconds", "at_over", "cka", "distance", "usefulness", "sample_weight")
+NOT_FRACTIONS = ("n50", "n90", "cka", "distance", "usefulness", "sample_weight")
 LAMBDA_0 = 6.4  # D/K of the embedded data: 64 features, ten classes
 
 
@@ -84,7 +83,7 @@ def read(source):
     script, dataset, *reduced = source.split()
     groups, path = defaultdict(list), ROOT / "results" / f"{script}.csv"
     for row in csv.DictReader(path.read_text().splitlines()) if path.exists() else ():
-        if row["dataset"].removesuffix("-unofficial") == dataset and row["checkpoint"] in ("best", "cost"):
+        if row["dataset"].removesuffix("-unofficial") == dataset and row["checkpoint"] == "best":
             if bool(reduced) == ("--train-size" in row["setting"]):
                 groups[row["setting"], row["dataset"]].append(row)
     names, order = [name_of(script, setting) for setting, _ in groups], [*NAMES.get(script, {}).values()]
@@ -111,7 +110,7 @@ def grid(head, lines):
 
 
 def table(source):
-    groups = {name: rows for name, rows in read(source).items() if rows[0]["checkpoint"] != "cost"}
+    groups = read(source)
     shown = [c for c in COLUMNS if any(row.get(c) for rows in groups.values() for row in rows)]
     lines, flags = [], {name: flags_of(rows[0]["setting"]) for name, rows in groups.items()}
     # What all rows have is said once, above the table.
@@ -135,9 +134,15 @@ def audits(source):
     return grid(["", "seed", "worst", "images", "audit", "images", "mode", "warnings"], lines)
 
 
+def steps(source):
+    """The scripts' steps in float32 as benchmark/speed.py has found them, by name."""
+    found = json.loads((ROOT / "results" / f"{source}.json").read_text())
+    return {e["name"]: e for e in found["scripts"] if (e["mode"], e["compiled"]) == ("fp32", False)}
+
+
 def cost(source):
-    groups = {name: rows for name, rows in read(source).items() if rows[0]["checkpoint"] == "cost"}
-    return grid(["", *COST], [[name, *(cell(rows, c) for c in COST)] for name, rows in groups.items()])
+    lines = [[name, e["samples"], f"{e['ms']:.1f}", f"{e['ratio']:.2f}"] for name, e in steps(source).items()]
+    return grid(["", "samples a step", "ms a step", "over its bare passes"], lines)
 
 
 def curve(source):
@@ -191,21 +196,27 @@ def summary(dataset):
 
 def value(source):
     source, name, column = source.split("; ")
-    return cell(read(source).get(name, []), column) or MISSING
+    return cell(read(source).get(name, []), column)
 
 
-KINDS = {f.__name__: f for f in (table, audits, cost, curve, threats, scale, sweep, summary, value)}
+def ratio(source):
+    source, above, below = source.split("; ")
+    found = steps(source)
+    return f"{found[above]['ms'] / found[below]['ms']:.2f}"
+
+
+KINDS = {f.__name__: f for f in (table, audits, cost, curve, threats, scale, sweep, summary, ratio, value)}
 MARKER = re.compile(rf"<!-- ({'|'.join(KINDS)}): ([^>]*?) -->(.*?)<!-- end -->", re.S)
 
 
 def render(kind, source):
     """What belongs between the marker and its end."""
-    if kind == "value":
-        return value(source)
     try:
         text = KINDS[kind](source)
     except (KeyError, FileNotFoundError):  # no run of this name
         text = ""
+    if kind in ("value", "ratio"):
+        return text or MISSING
     return f"\n{text}\n" if text.count("\n") > 1 else f"\n*{MISSING}*\n"
 
 

@@ -226,6 +226,8 @@ ROWS = {
     "none": ("abnn", "--defense none", [(1, {})], False, ()),
     "ABNN's AT": ("abnn", "--defense at", [(1, {})], True, ()),
     "ABNN": ("abnn", "--defense abnn", [(1, {})], False, ()),
+    "video none": ("abnn", "--dataset moving-digits --defense none", [(1, {})], False, ()),
+    "video AT": ("abnn", "--dataset moving-digits --defense at", [(1, {})], True, ()),
     "video ABNN": ("abnn", "--dataset moving-digits --defense abnn", [(1, {})], False, ()),
 }
 WARMUP = 4  # steps before the timed ones; the first counts passes and operations, the second host synchronisations

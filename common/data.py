@@ -235,13 +235,13 @@ def named_run(args):
     return run, folder if run else None
 
 
-def check_same(args, own, state, free=(), free_in_test=()):
+def check_same(args, own, state, free_in_test=()):
     """Raise UserError unless `args` are the arguments `own` of the run that they resume or evaluate, but for those
     that say where and how to work; and unless as many processes resume a run as its checkpoint is of.
 
     With others the noise, and the batches of BatchNorm, would not be those of the run any more.
     """
-    free = ["resume", "eval_only", "device", "data_dir", "data_on", "runs_dir", "compile", *free]
+    free = ["resume", "eval_only", "device", "data_dir", "data_on", "runs_dir", "compile"]
     free += ["eps", "norm", "test_size", *free_in_test] if args.eval_only else []
     run, processes = args.eval_only or args.resume, state.get("processes", 1)  # a run may have been resumed itself
     if changed := [k for k, v in vars(own).items() if k not in free and getattr(args, k) != v]:

@@ -7,7 +7,7 @@
 | CW-style                   | `loss="margin"` (the margin of Carlini & Wagner 2017, inside the ball)   |
 | TRADES' inner attack       | `loss="kl"`, with the clean logits in the place of `y`                   |
 | multi-targeted             | `survivors(..., targets=k)`, with the loss `lead`                        |
-| patch, frame, few pixels   | `mask=...` and `eps=1`, with the masks at the end of this file           |
+| patch, frame, few pixels   | `masked_attack(...)`: `mask=...` and `eps=1`                             |
 | one frame for all inputs   | `universal(...)`                                                         |
 
 Images live in [0,1], going in and coming out. Input normalisation belongs inside the network: then eps always means
@@ -350,3 +350,30 @@ def universal(model, x, y, mask, *, steps, step_size=0.05, loss="ce", generator=
     bound. Learn it on other samples than those it is tested on."""
     return pgd(_Pasted(model, x, mask), torch.full_like(x[:1], 0.5), y, eps=1.0, step_size=step_size, steps=steps,
                mask=mask, loss=loss, generator=generator)  # fmt: skip
+
+
+def masked_attack(name, model, x, y, size, *, steps=30, loss="ce", frame=None, generator=None):
+    """x_adv for x (N, C, [T,] H, W): some pixels take any value, by `steps` steps of .05.
+
+    | name           | pixels                                                         | size   | start  |
+    |----------------|----------------------------------------------------------------|--------|--------|
+    | `roa`          | a square at a random place (Wu et al. 2020, arXiv 1909.09552)  | side   | grey   |
+    | `roa_search`   | a square where the gradient says                               | side   | grey   |
+    | `af`           | the border (Zajac et al. 2019, arXiv 1812.04599)               | width  | random |
+    | `af_universal` | the border, from `frame` (1, C, ...), which `universal` learns | width  |        |
+    | `spa`          | random pixels, "salt and pepper"                               | number | black  |
+
+    Without steps each is its own twin without a gradient: a grey square, a border of noise, black pixels.
+    """
+    attack = partial(pgd, model, y=y, eps=1.0, step_size=0.05, steps=steps, loss=loss, generator=generator)
+    if name == "af":
+        return attack(x, mask=frame_mask(size, x))
+    if name == "af_universal":
+        return torch.where(frame_mask(size, x), frame, x)
+    if name == "spa":
+        mask, colour = pixel_mask(size, x, generator), 0.0
+    else:
+        search = name == "roa_search"
+        corners = search_corners(model, x, y, size, loss) if search else random_corners(size, x, generator)
+        mask, colour = square_mask(corners, size, x), 0.5
+    return attack(x.masked_fill(mask, colour), mask=mask, random_start=False)

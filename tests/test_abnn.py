@@ -229,7 +229,8 @@ def test_attacks_keep_to_their_masks_and_to_the_box(name, kind):
             continue
         g = torch.Generator().manual_seed(0)
         frame = universal(net, x, y, frame_mask(size["af"], x), steps=steps, generator=g)
-        x_adv = abnn.craft(name, net, x, y, args, g, steps=steps, frame=frame)
+        how = dict(frame=frame) if name == "af_universal" else {}
+        x_adv = abnn.craft(name, net, x, y, args, g, steps=steps, **how)
         changed = (x_adv != x).any(1)  # (N, [T,] H, W)
         changed = changed if changed.ndim == 4 else changed[:, None]
         assert x_adv.shape == x.shape and 0 <= x_adv.min() and x_adv.max() <= 1
@@ -348,7 +349,7 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tiny(runs):
     (runs / "substitutes").mkdir()  # or it would count as a new run
-    return finished_in_process(ALIGNED + " --compare-cost", runs, "abnn.py")
+    return finished_in_process(ALIGNED, runs, "abnn.py")
 
 
 def test_a_run_leaves_its_results(tiny, runs):
@@ -360,9 +361,7 @@ def test_a_run_leaves_its_results(tiny, runs):
     assert set(method["threats"]) == {"worst", "no gradient", *(f"{t} {k}" for t in "ABC" for k in ("ce", "margin"))}
     for row in method["threats"].values():
         assert all(0 <= v <= 1 for v in row.values())
-    cost = method["seconds_per_epoch"]
-    assert cost["at"] > cost["abnn"] > 0 and cost["at_over_abnn"] == pytest.approx(cost["at"] / cost["abnn"])
-    assert method["verdict"] in output and "weaker premise" in output and "s per epoch" in output
+    assert method["verdict"] in output and "weaker premise" in output
     for row in results["checkpoints"].values():
         assert set(row) == {"epoch", "clean", "fgsm", "pgd20", "pgd50_margin", "targeted", "transfer", "worst"}
     assert len(list((runs / "substitutes").glob("*.pt"))) == 2
@@ -418,12 +417,10 @@ def test_other_defenses_start_from_the_same_network(defense, tiny, runs, monkeyp
     assert same(dict(abnn.load(run)[0].named_parameters()), dict(abnn.load(tiny[0])[0].twin.named_parameters()))
 
 
-def test_adversarial_training_runs_has_a_white_box_only_and_knows_the_cost_of_abnn(tiny, runs):
-    run, output = finished_in_process(TINY + " --epochs 1 --defense at --compare-cost", runs, "abnn.py")
+def test_adversarial_training_runs_and_has_a_white_box_only(tiny, runs):
+    run, output = finished_in_process(TINY + " --epochs 1 --defense at", runs, "abnn.py")
     method = json.loads((run / "results.json").read_text())["method"]
     assert set(method["threats"]) == {"worst", "C ce", "C margin", "no gradient"}
-    assert method["seconds_per_epoch"]["abnn"] > 0
-    assert "substitute_arch" in json.loads((run / "args.json").read_text())["preset"]
 
 
 def test_a_kept_substitute_can_be_evaluated_like_any_checkpoint(tiny, runs, capsys, tmp_path):
@@ -435,7 +432,7 @@ def test_a_kept_substitute_can_be_evaluated_like_any_checkpoint(tiny, runs, caps
 
 def test_killed_it_resumes_to_the_same_bits(tiny, runs):
     known = set(runs.glob("*"))
-    process = start(ALIGNED + " --compare-cost", runs, "abnn.py")
+    process = start(ALIGNED, runs, "abnn.py")
     run = wait_for(runs, known, lambda r: epochs_done(r) >= 1, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -454,7 +451,7 @@ REFUSED = {
     "--frames 5": "--frames would do nothing here",
     "--defense at --substitute self --moments batch": "--substitute, --moments would do nothing here",
     "--dataset moving-digits --substitute-arch preactresnet18": "does not fit moving-digits",
-    "--defense none --compare-cost --substitute-arch r3d18": "does not fit digits",
+    "--substitute-arch r3d18": "does not fit digits",
     "--dataset moving-digits --arch r3d18 --width 8": "r3d18 has a width of its own",
     "--clean-epochs 0": "--clean-epochs must be at least 1",
     "--arch conv3d": "--arch conv3d is not for digits",

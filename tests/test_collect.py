@@ -94,16 +94,6 @@ def test_what_the_claims_rest_on_becomes_columns():
         "cka_adv": 0.6}
 
 
-def test_a_run_for_the_clock_gives_seconds_and_no_accuracies(tmp_path):
-    (tmp_path / "args.json").write_text(json.dumps({"command": "python aalp.py"} | info()))
-    cost = {"none": 1.0, "at": 8.0, "abnn": 2.0, "at_over_abnn": 4.0}
-    (tmp_path / "results.json").write_text(json.dumps(
-        results(1, "python aalp.py", method={"seconds_per_epoch": cost})))
-    (row,) = collect(tmp_path / "out.csv", [tmp_path])
-    assert row["checkpoint"] == "cost" and "worst" not in row
-    assert (row["seconds at"], row["seconds abnn"], row["at_over_abnn"]) == (8.0, 2.0, 4.0)
-
-
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
 def test_a_command_is_known_by_the_key_of_its_row(path, tmp_path):
     """What benchmark/run.py makes of a command is what benchmark/collect.py made of its args.json."""
@@ -204,7 +194,7 @@ def test_a_list_audits_its_runs_and_those_in_the_csv_once(tmp_path, monkeypatch,
 
 LISTS = {name: parts.split() for name, parts in (
     ("afa", "digits cifar10 svhn gpu"), ("aalp", "digits cifar10 svhn gpu"),
-    ("vfd_adv", "digits sweep cifar10 svhn gpu"), ("abnn", "digits video cost cifar10 svhn gpu"))}
+    ("vfd_adv", "digits sweep cifar10 svhn gpu"), ("abnn", "digits video cifar10 svhn gpu"))}
 
 
 @pytest.mark.parametrize("name", LISTS)

@@ -120,6 +120,18 @@ def test_audits_have_a_row_for_each_run_that_was_audited(made_up):
         "| AFA | 1 | 20.0 | 500 | 10.0 | 200 | quick | losses agree |"]
 
 
+def test_costs_and_their_ratios(made_up, tmp_path):
+    assert "not yet measured" in report.render("cost", "speed_abnn")
+    assert report.render("ratio", "speed_abnn; AT; ABNN") == "not yet measured"
+    steps = [dict(name=name, mode="fp32", compiled=False, samples=8, ms=ms, ratio=1.04)
+             for name, ms in (("AT", 90.0), ("ABNN", 12.0))]
+    steps.append(dict(steps[1], mode="bf16", ms=1.0))
+    (tmp_path / "results" / "speed_abnn.json").write_text(json.dumps({"scripts": steps}))
+    assert report.cost("speed_abnn").splitlines()[2:] == ["| AT | 8 | 90.0 | 1.04 |", "| ABNN | 8 | 12.0 | 1.04 |"]
+    assert report.rewrite("<!-- ratio: speed_abnn; AT; ABNN -->old<!-- end -->") == (
+        "<!-- ratio: speed_abnn; AT; ABNN -->7.50<!-- end -->")
+
+
 def test_scale(made_up):
     assert "not yet measured" in report.render("scale", "scale")
     speed = dict(images_per_second=123.4, peak_memory_gb=1.234, device="CPU", command="python afa.py")

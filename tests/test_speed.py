@@ -83,6 +83,8 @@ PASSES = {
     "none": {"train grad 4": 1},
     "ABNN's AT": ATTACK | {"train grad 4": 1},
     "ABNN": {"train grad 4": 1},
+    "video none": {"train grad 4": 1},
+    "video AT": ATTACK | {"train grad 4": 1},
     "video ABNN": {"train grad 4": 1},
 }
 

@@ -237,15 +237,19 @@ def named_run(args):
 
 def check_same(args, own, state, free_in_test=()):
     """Raise UserError unless `args` are the arguments `own` of the run that they resume or evaluate, but for those
-    that say where and how to work; and unless as many processes resume a run as its checkpoint is of.
+    that say where and how to work; and unless a run is resumed by as many processes as its checkpoint is of, and with
+    its best epoch so far beside it.
 
-    With others the noise, and the batches of BatchNorm, would not be those of the run any more.
+    With other processes the noise, and the batches of BatchNorm, would not be those of the run any more.
     """
     free = ["resume", "eval_only", "device", "data_dir", "data_on", "runs_dir", "compile"]
     free += ["eps", "norm", "test_size", *free_in_test] if args.eval_only else []
     run, processes = args.eval_only or args.resume, state.get("processes", 1)  # a run may have been resumed itself
     if changed := [k for k, v in vars(own).items() if k not in free and getattr(args, k) != v]:
         raise UserError(f"{run} had another value of {', '.join(changed)}: leave it out")
+    best = Path(run) / "best.pt" if Path(run).is_dir() else Path(run).with_name("best.pt")
+    if not args.eval_only and state.get("best", -1) > -1 and not best.exists():
+        raise UserError(f"{best} is missing: it is the best of the epochs so far, copy it from where last.pt was")
     if not args.eval_only and processes != distributed.world():
         raise UserError(f"{run} was trained by {processes} process{'es'[: 2 * (processes > 1)]}, not "
                         f"{distributed.world()}: resume it with {distributed.launcher(processes)}")  # fmt: skip

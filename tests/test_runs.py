@@ -247,6 +247,17 @@ def test_a_run_that_was_resumed_itself_is_evaluated_by_any_number_of_processes()
         data.check_same(own, own, {"processes": 2})
 
 
+def test_a_run_is_not_resumed_without_its_best_epoch(tmp_path):
+    own, first, later = afa.Args(resume=str(tmp_path)), {"best": -1.0}, {"best": 0.5}
+    data.check_same(own, own, first)  # there was none yet
+    for run in (tmp_path, tmp_path / "last.pt"):
+        resumed = replace(own, resume=str(run))
+        with pytest.raises(data.UserError, match="best.pt is missing"):
+            data.check_same(resumed, resumed, later)
+    (tmp_path / "best.pt").touch()
+    data.check_same(own, own, later)
+
+
 def test_a_strength_or_a_rate_that_is_never_reached_is_said(capsys):
     args = afa.Args(**afa.DIGITS)
     data.check(args)

@@ -467,7 +467,8 @@ if __name__ == "__main__":
         # Validation: in stage 1 each end on its own kind of data, in stage 2 the whole model on both.
         net.eval()
         clean_model, model = (partial(net, w=0.0), partial(net, w=1.0)) if learned and stage == 1 else (net, net)
-        clean, alive = (survivors(m, x_val, y_val, eps=0, steps=0) for m in (clean_model, model))
+        clean = survivors(clean_model, x_val, y_val, eps=0, steps=0)
+        alive = clean if model is clean_model else survivors(model, x_val, y_val, eps=0, steps=0)
         robust = survivors(model, x_val, y_val, alive, eps=eps_test, steps=10, norm=args.norm)
         val = {k: mask.sum().item() / len(mask) for k, mask in (("clean_acc", clean), ("robust_acc", robust))}
         score = val["robust_acc" if args.eps else "clean_acc"]
@@ -493,7 +494,7 @@ if __name__ == "__main__":
         writer.add_image("attack/clean_adversarial_10x", attack_images(x_few, x_adv), step)
         writer.flush()
         progress.update(epoch=epoch + 1, train_seconds=progress["train_seconds"] + seconds)
-        if stage == stages[-1] and score > progress["best"]:
+        if stage == stages[-1] and (score > progress["best"] or progress["best"] <= 0):  # while none counts, the latest
             progress["best"] = score
             checkpoint("best.pt")
         checkpoint("last.pt")  # last of all: a run that dies before it repeats the epoch, and finds everything in place

@@ -528,7 +528,7 @@ if __name__ == "__main__":
         writer.add_image("attack/clean_adversarial_10x", attack_images(x_few, x_adv), step)
         writer.flush()
         progress.update(epoch=epoch + 1, train_seconds=progress["train_seconds"] + seconds)
-        if score > progress["best"]:
+        if score > progress["best"] or progress["best"] <= 0:  # while no epoch counts, the latest
             progress["best"] = score
             checkpoint("best.pt")
         checkpoint("last.pt")  # last of all: a run that dies before it repeats the epoch, and finds everything in place

@@ -47,7 +47,7 @@ commands() {
             short="--dataset $part --seed $seed $reduced --eps-warmup-epochs $warmup --epochs 15"
             echo python abnn.py $short --defense none
             echo python abnn.py $short --defense at
-            echo python abnn.py $short --clean-epochs 10 --substitute $substitute
+            echo python abnn.py $short --substitute $substitute
         done
         ;;
     gpu)

@@ -5,7 +5,8 @@
 
 What stands between a marker and `<!-- end -->` belongs to this program:
 
-    <!-- table: afa digits -->           a row for each setting: best checkpoint, mean ± deviation over seeds
+    <!-- table: afa digits -->           a row for each setting: best checkpoint, and two columns of the last; mean and
+                                         deviation over seeds
     <!-- table: afa cifar10 reduced -->  settings on part of the training images, and only those
     <!-- curve: afa digits -->           PGD-20 accuracy against eps
     <!-- threats: abnn digits; ABNN -->  accuracy by attacker and attack
@@ -58,8 +59,8 @@ SUMMARY = (("afa", "AFA"), ("afa", "PGD-AT, 16 epochs"), ("aalp", "AALP, both mo
 COMMON = {"--arch preactresnet8", "--attack-steps 3", "--train-size 7000", "--val-size 500", "--test-size 500",
           "--test-size 200", "--epochs 12", "--epochs 15", "--epochs 18", "--epochs 24",
           *(f"--eps-warmup-epochs {n}.0" for n in (3, 6, 8, 9, 12)), "--gate-epochs 2", "--teacher-epochs 10",
-          "--clean-epochs 10", "--substitute svhn", "--substitute cifar10", "--bf16", "--compile"}  # fmt: skip
-COLUMNS = "worst clean fgsm pgd20 pgd50_margin targeted transfer".split()
+          "--substitute svhn", "--substitute cifar10", "--bf16", "--compile"}  # fmt: skip
+COLUMNS = [*"worst clean fgsm pgd20 pgd50_margin targeted transfer".split(), "last worst", "last clean"]
 ATTACKERS = ("worst", "A ce", "A margin", "B ce", "B margin", "C ce", "C margin", "no gradient")
 ATTACKS = ("clean", "pgd", "roa", "roa_search", "af", "af_universal", "spa", "all")
 NOT_FRACTIONS = ("n50", "n90", "cka", "distance", "usefulness", "sample_weight")
@@ -82,10 +83,15 @@ def read(source):
     """
     script, dataset, *reduced = source.split()
     groups, path = defaultdict(list), ROOT / "results" / f"{script}.csv"
-    for row in csv.DictReader(path.read_text().splitlines()) if path.exists() else ():
-        if row["dataset"].removesuffix("-unofficial") == dataset and row["checkpoint"] == "best":
-            if bool(reduced) == ("--train-size" in row["setting"]):
-                groups[row["setting"], row["dataset"]].append(row)
+    rows = csv.DictReader(path.read_text().splitlines() if path.exists() else ())
+    rows = [row for row in rows if row["dataset"].removesuffix("-unofficial") == dataset
+            and bool(reduced) == ("--train-size" in row["setting"])]
+    last = {(row["setting"], row["dataset"], row["seed"]): row for row in rows if row["checkpoint"] == "last"}
+    for row in rows:
+        if row["checkpoint"] == "best":
+            end = last.get((row["setting"], row["dataset"], row["seed"]), {})
+            row |= {f"last {column}": end.get(column) for column in ("worst", "clean")}
+            groups[row["setting"], row["dataset"]].append(row)
     names, order = [name_of(script, setting) for setting, _ in groups], [*NAMES.get(script, {}).values()]
     result = {}
     for name, ((setting, actual), rows) in sorted(

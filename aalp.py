@@ -66,7 +66,7 @@ class Args:
     norm: Literal["linf", "l2"] = "linf"  # norm that eps bounds
     eps_warmup_epochs: float | None = None  # epochs over which the training eps rises from 0
     # --- Method
-    method: Literal["at", "alp", "aalp"] = "aalp"  # gives the next three their values; at: clean and adversarial half
+    method: Literal["at", "alp", "aalp"] = "aalp"  # sets what is None of the next three; at: no pairing, lambda 0
     pairing_weight: float | None = None  # lambda, of the squared difference's mean over classes: sums need other values
     guided_dropout: Literal["low", "high", "random", "none"] | None = None  # which contributions are thinned out
     sample_weight: Literal["clean", "adv", "min", "conflict", "none"] | None = None  # w, what relaxes the pairing
@@ -243,8 +243,8 @@ def concentration(c):
     positive ones add up to.
     """
     c = c.clamp_min(0)
-    total = c.sort(1, descending=True).values.cumsum(1)
-    n90 = (total < 0.9 * total[:, -1:]).sum(1) + (total[:, -1] > 0)
+    sums = c.sort(1, descending=True).values.cumsum(1)
+    n90 = (sums < 0.9 * sums[:, -1:]).sum(1) + (sums[:, -1] > 0)
     return {"n50": (c > 0.5 * c.amax(1, keepdim=True)).sum(1), "n90": n90}
 
 
@@ -420,22 +420,22 @@ if __name__ == "__main__":
                 net.train()
                 # Both halves in one batch: they share the BatchNorm statistics, as in the code of ALP's authors.
                 logits, features = net(torch.cat([x, x_adv]), return_features=True)
-                z, z_adv = plain = logits.float().chunk(2)
+                z, z_adv = masked, masked_adv = logits.float().chunk(2)
                 w = sample_weights(z, z_adv, y, args)
                 if args.guided_dropout != "none":
                     label = y if args.dropout_label == "true" else z.argmax(1)
                     c = contributions(features[: len(x)].detach(), net.fc.weight.detach(), label)
                     mask = guided_dropout(c, args, generator)
                     # The same mask for x and x': the pairing compares one sub-network with itself.
-                    z, z_adv = net.fc(features * mask.repeat(2, 1)).float().chunk(2)
-                loss, terms = aalp_loss(z, z_adv, y, w, args)
+                    masked, masked_adv = net.fc(features * mask.repeat(2, 1)).float().chunk(2)
+                loss, terms = aalp_loss(masked, masked_adv, y, w, args)
             optimizer.zero_grad()
             loss.backward()
             distributed.average_gradients(optimizer)
             optimizer.step()
             for k, v in terms.items():  # the sums stay on the device: to read one here would stall it
                 sums[f"losses/{k}"] += v.detach() / steps
-            clean_acc, robust_acc, masked_acc = ((v.argmax(1) == y).float().mean() / steps for v in (*plain, z))
+            clean_acc, robust_acc, masked_acc = ((v.argmax(1) == y).float().mean() / steps for v in (z, z_adv, masked))
             sums["train/clean_acc"] += clean_acc
             sums["train/robust_acc"] += robust_acc
             sums["aalp/label_leak"] += masked_acc - clean_acc  # what the mask tells the last layer about the label
@@ -498,9 +498,9 @@ if __name__ == "__main__":
             "epoch": state["epoch"], **evaluate(net, x_test, y_test, eps_test, args.norm)}
     progress = {k: state[k] for k in progress}  # of the last checkpoint: with --eval-only too
     images = progress["epoch"] * steps * min(args.batch_size, len(d.train.y))
-    history, curve, seen = progress["history"], method["curves"]["model"], method["test"]
-    w = history.get("sample_weight", [])
-    method |= {"history": history, "mean_pairing_weight": args.pairing_weight * sum(w) / max(len(w), 1)}
+    history, curve, tested = progress["history"], method["curves"]["model"], method["test"]
+    means = history.get("sample_weight", [])
+    method |= {"history": history, "mean_pairing_weight": args.pairing_weight * sum(means) / max(len(means), 1)}
     data.save(run_dir / ("eval.json" if args.eval_only else "results.json"), {
         **info, "eps": eps_test, "evaluated": len(y_test), "train_seconds": progress["train_seconds"],
         "images_per_second": images / max(progress["train_seconds"], 1e-9),
@@ -508,10 +508,10 @@ if __name__ == "__main__":
     lines = [("checkpoint", *table[path.stem]), *((name, *row.values()) for name, row in table.items()), (),
              ("PGD-20 at eps", "accuracy"), *((f"{k}/255", v) for k, v in curve.items()), (),
              ("O1, test", "clean", "adversarial"),
-             *((k, seen[k + "_clean"], seen[k + "_adv"])
+             *((k, tested[k + "_clean"], tested[k + "_adv"])
                for k in ("n50_features", "n90_features", "n50_map", "n90_map")),
              (), ("O2, test", "logits", "parameters"),
-             *((k, seen[k + "_logits"], seen[k + "_parameters"]) for k in ("conflicting", "overemphasised"))]
+             *((k, tested[k + "_logits"], tested[k + "_parameters"]) for k in ("conflicting", "overemphasised"))]
     print("\n".join("".join(f"{v:>14.3f}" if isinstance(v, float) else f"{v:>14}" for v in line) for line in lines))
     end = progress["epoch"] * steps
     points = [(f"test/{name}_{k}", v, end) for name, row in table.items() for k, v in row.items()]

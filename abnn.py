@@ -8,8 +8,8 @@ https://arxiv.org/abs/2405.11708
     python abnn.py --dataset moving-digits               # embedded video
     python abnn.py --dataset cifar10 --bf16 --compile    # ResNet-18, the substitute trained on CIFAR-100, on a GPU
 
-Embedded images, 8/255, 3 seeds: who leaves the gradient through the substitute out leaves 30.7 % right, who follows it
-0.0 %. Clean 96.5 %, adversarial training 88.5 %. Embedded video, 4/255: 91.2 and 0.0 %.
+Embedded images, 8/255, 3 seeds: an attacker who ignores the gradient through the substitute leaves 30.7 % right, one
+who follows it 0.0 %. Clean 96.5 %, adversarial training 88.5 %. Embedded video, 4/255: 91.2 and 0.0 %.
 """
 
 import math
@@ -72,7 +72,7 @@ class Args:
     width: int | None = None  # channels of the first stage (None: 64, 160, 16 and 8 of conv3d; r3d18 has its own)
     epochs: int | None = None  # passes over the training data
     batch_size: int | None = None  # images or clips a step
-    lr: float | None = None  # peak learning rate of SGD with Nesterov momentum 0.9; the maps A have a tenth
+    lr: float | None = None  # peak learning rate of SGD with Nesterov momentum 0.9; the maps M have a tenth
     milestones: tuple[int, ...] | None = None  # epochs after which lr is divided by 10; none: one cycle
     weight_decay: float | None = None  # L2 penalty on all weights
     # --- Threat model
@@ -92,9 +92,9 @@ class Args:
     substitute_width: int | None = None  # its width (None: the target's)
     clean_epochs: int | None = None  # epochs of clean training that each defense starts from: of T, and of S
     statistics: Literal["flat", "channel"] | None = None
-    """what A sees of S: all its features, as the authors do, or the mean and std of each channel"""
+    """what M sees of S: all its features, as the authors do, or the mean and std of each channel"""
     moments: Literal["sample", "batch"] = "sample"  # mean and std of one sample, or of the batch as the authors do
-    equalised: bool = True  # scale A where it is used, as the authors do; otherwise its start, and it learns far faster
+    equalised: bool = True  # M has variance 1 and a factor in front, as the authors' has: SGD hardly moves it
     align_weight: float = 0.0  # weight of a loss that pulls T's statistics towards those of S
 
 
@@ -194,7 +194,7 @@ class PreActResNet(nn.Module):
 
 
 class GroupNet(nn.Module):
-    """Five groups, pooling, a linear layer: (N, 3, [T,] H, W) in [0, 1] to logits (N, classes).
+    """Five groups, pooling, a linear layer: (N, 3, [frames,] H, W) in [0, 1] to logits (N, classes).
 
     r3d18 and resnet18 are torchvision's; conv3d, five convolutions, is small and fast, for the embedded video.
     """
@@ -253,22 +253,22 @@ def groups_of(net, arch):
 # --- Method
 # paper          here                      meaning
 # T, S           target, substitute        the network that classifies, and the frozen one that sends statistics
-# z_t, z_s       z, s                      features of the same group of T and of S (B, C, [T,] H, W)
-# f              f                         z_s, a row per sample (B, D), or the statistics of its channels
-# A, b           AdaptiveBN.weight, .bias  linear map from f to gamma and beta
+# z_t, z_s       z, s                      features of the same group of T and of S (N, C, [frames,] H, W)
+# f              f                         z_s, a row per sample (N, D), or the statistics of its channels
+# M, b           AdaptiveBN.weight, .bias  linear map from f to gamma and beta
 # A, B, C        rows of the final table   threat models: gradient through T alone, from T's plain twin, through both
 # D1, D2, ...    docs/abnn.md              our decisions where the paper leaves the choice open
 
 
 def channel_moments(v):
-    """Mean and variance (B, C) of each channel of v (B, C, ...), in float32. torch.var takes ten times as long here."""
+    """Mean and variance (N, C) of each channel of v (N, C, ...), in float32. torch.var takes ten times as long here."""
     v, dims = v.float(), tuple(range(2, v.ndim))
     mean = v.mean(dims, keepdim=True)
     return mean.flatten(1), (v - mean).square().mean(dims)
 
 
 def mean_std(mean, var, positions, moments):
-    """Mean and unbiased standard deviation of each sample (B, 1), or of the batch (1, 1), from those of channels.  [D3]
+    """Mean and unbiased standard deviation of each sample (N, 1), or of the batch (1, 1), from those of channels.  [D3]
 
     `positions` of a channel. The variance is the mean of the channels' plus that of their means.
     """
@@ -283,10 +283,10 @@ def root(var):
 
 
 class AdaptiveBN(nn.Module):
-    """v = std(z_s) BN(z_t) + mean(z_s);  [gamma, beta] = A f + b;  z_t' = gamma v + beta, per sample and channel.
+    """v = std(z_s) BN(z_t) + mean(z_s);  [gamma, beta] = M f + b;  z_t' = gamma v + beta, per sample and channel.
 
-    A starts with variance 2 / D: gamma around 1 and beta around 0, both already noisy with f. Equalised, the weights
-    have variance 1, and the scale comes where they are used: a step of SGD then moves A by 2 / D of what it would, next
+    M starts with variance 2 / D: gamma around 1 and beta around 0, both already noisy with f. Equalised, the weights
+    have variance 1, and the scale comes where they are used: a step of SGD then moves M by 2 / D of what it would, next
     to nothing.  [D5] `shape` is that of one sample's z_s.
     """
 
@@ -301,14 +301,14 @@ class AdaptiveBN(nn.Module):
         self.bias = nn.Parameter(torch.cat([torch.ones(channels), torch.zeros(channels)]))
 
     def forward(self, z, s):
-        """z (B, C, [T,] h, w) of T and s (B, C_s, [T,] h_s, w_s) of S to features of the shape of z."""
+        """z (N, C, [frames,] h, w) of T and s (N, C_s, [frames,] h_s, w_s) of S to features of the shape of z."""
         mean_c, var_c = channel_moments(s)
         mean, std = mean_std(mean_c, var_c, s[0, 0].numel(), self.moments)
         if self.statistics == "channel":  # statistics in the usual sense of the word, and a few % of the weights  [D2]
             f = torch.cat([mean_c, root(var_c)], 1)
         else:
             f = s.flatten(1)
-        gamma, beta = F.linear(self.scale * f, self.weight, self.bias).chunk(2, 1)  # f is smaller than A
+        gamma, beta = F.linear(self.scale * f, self.weight, self.bias).chunk(2, 1)  # to scale f is cheaper
         # gamma (std u + mean) + beta as one multiplication and one addition of the large tensor u = BN(z).
         scale, shift = (v.to(z.dtype).view(-1, z.shape[1], *[1] * (z.ndim - 2))
                         for v in (gamma * std, gamma * mean + beta))
@@ -389,7 +389,7 @@ def training_loss(net, x, y, args, rise=1.0, generator=None):
 
 
 def optimizer_of(net, args):
-    """SGD; the maps A and b have a tenth of the rate.  [D5]"""
+    """SGD; the maps M and b have a tenth of the rate.  [D5]"""
     maps = [p for m in net.modules() if isinstance(m, AdaptiveBN) for p in (m.weight, m.bias)]
     rest = [p for p in net.parameters() if p.requires_grad and not any(p is q for q in maps)]
     groups = [dict(params=rest, peak=args.lr)] + ([dict(params=maps, peak=args.lr / 10)] if maps else [])
@@ -408,10 +408,7 @@ def train_step(net, optimizer, x, y, args, rise=1.0, generator=None):
 
 
 def train_epoch(net, optimizer, d, args, epoch, bar=None):
-    """One epoch: the means of loss terms and of accuracy {tag: number}, and the last learning rate's factor.
-
-    All chance in it is that of (seed, epoch).
-    """
+    """Train for an epoch, whose chance is that of (seed, epoch). Means of loss terms and of accuracy, {tag: number}."""
     sums, steps = defaultdict(float), data.steps_per_epoch(len(d.train.y), args.batch_size)
     noise = distributed.seed(2_000_003 * args.seed + epoch)
     generator = torch.Generator(d.train.y.device).manual_seed(noise)
@@ -574,7 +571,7 @@ def sizes(args):
 
 
 def craft(name, source, x, y, args, generator, steps=30, **how):
-    """x_adv for x (N, 3, [T,] H, W) by an attack of PHYSICAL on the model `source`: in the ball, or in a mask.  [D6]"""
+    """x_adv for x (N, 3, [frames,] H, W) by one of PHYSICAL on the model `source`: in the ball, or in a mask.  [D6]"""
     if name == "pgd":
         return pgd(source, x, y, eps=args.eps, step_size=args.eps / 4, steps=min(steps, 20), norm=args.norm,
                    generator=generator, **how)

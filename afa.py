@@ -1,5 +1,5 @@
 """AFA, Adaptive Feature Alignment: one network for every attack strength. Each BatchNorm becomes two, one for clean
-and one for adversarial features, and a small generator predicts for each image how to fuse them.
+and one for adversarial features, and a small gate predicts for each image how to fuse them.
 
 Kai Zhao et al., "Adaptive Feature Alignment for Adversarial Training", https://arxiv.org/abs/2105.15157
 
@@ -67,9 +67,9 @@ class Args:
     bn: Literal["dual", "single"] = "dual"  # single: plain PGD adversarial training, the baseline
     fusion: Literal["learned", "0", "0.5", "1"] = "learned"  # weight w: predicted, or fixed (no stage 2)
     gate: Literal["probe", "layer"] = "probe"  # w from a first pass along BN_c, or in each layer from its input
-    gate_epochs: int | None = None  # epochs of stage 2, which trains the generator
+    gate_epochs: int | None = None  # epochs of stage 2, which trains the gate
     gate_lr: float = 3e-3  # peak learning rate of Adam in stage 2
-    harden: float = 0.25  # share of a stage-2 batch crafted with w frozen at 0, 1/2 or 1
+    harden: float = 0.25  # share of the attacks of stage 2 with w frozen at 0, 1/2 or 1
     finetune: Literal["gate", "all"] = "gate"  # what stage 2 trains; the network at a tenth of the rate
 
 
@@ -175,7 +175,7 @@ def statistics(x, bn):
         return torch.stack([mean, 0.5 * ((var + bn.eps) / running_var).log()], 1)
 
 
-class WeightGenerator(nn.Module):
+class Gate(nn.Module):
     """Statistics (N, d) -> fusing weights (N, layers): FC, ReLU, FC, sigmoid.  [D2]"""
 
     def __init__(self, d, layers, hidden=64):
@@ -196,17 +196,17 @@ class DualBN(nn.Module):
         super().__init__()
         self.clean = nn.BatchNorm2d(channels)
         self.adv = nn.BatchNorm2d(channels) if args.bn == "dual" else self.clean  # single: one under both names
-        self.generator = WeightGenerator(2 * channels, 1) if args.bn == "dual" and args.gate == "layer" else None
+        self.gate = Gate(2 * channels, 1) if args.bn == "dual" and args.gate == "layer" else None
         self.layer = None  # the column of w that belongs to this layer, set by AFANet
 
     def forward(self, x, w, record=None):
-        """x (N, C, H, W); w a float, a tensor (N, layers), or None for this layer's own generator (`--gate layer`).
+        """x (N, C, H, W); w a float, a tensor (N, layers), or None for this layer's own gate (`--gate layer`).
 
         Appends (statistics of x, w) to the list `record`.
         """
         s = statistics(x, self.clean) if record is not None or w is None else None
         if w is None:
-            w = self.generator(s.flatten(1))[:, 0]
+            w = self.gate(s.flatten(1))[:, 0]
         elif torch.is_tensor(w):
             w = w[:, self.layer]
         if record is not None:
@@ -238,18 +238,18 @@ class AFANet(PreActResNet):
         self.layers = len(norms)
         self.probe = args.bn == "dual" and args.gate == "probe"
         if self.probe:
-            self.generator = WeightGenerator(2 * sum(norm.clean.num_features for norm in norms), self.layers)
-        self.w = 1.0 if args.bn == "single" else None if args.fusion == "learned" else float(args.fusion)
+            self.gate = Gate(2 * sum(norm.clean.num_features for norm in norms), self.layers)
+        self.default_w = 1.0 if args.bn == "single" else None if args.fusion == "learned" else float(args.fusion)
 
     def predict_weights(self, x):
         """The probe pass: statistics of all layers along BN_c, where an attack shows, to weights (N, layers).  [D2]"""
         record = []
         self.features(x, 0.0, record)
-        return self.generator(torch.cat([s.flatten(1) for s, _ in record], 1))
+        return self.gate(torch.cat([s.flatten(1) for s, _ in record], 1))
 
     def forward(self, x, w=None, record=None):
         """Logits (N, classes). w: None for the predicted weights, a float for all, or a tensor (N, layers)."""
-        w = self.w if w is None else w
+        w = self.default_w if w is None else w
         if w is None and self.probe:
             w = self.predict_weights(x)
         return self.fc(self.features(x, w, record))
@@ -263,10 +263,10 @@ def build(args, classes):
 def stage2_attack(net, x, y, args, generator):
     """Examples of every strength: a quarter of the batch at eps 0, a quarter at eps_max, half uniform between.  [D3]
 
-    The attack goes through the generator and its probe pass, so that it learns against an adversary who fools it too.
+    The attack goes through the gate and its probe pass, so that it learns against an adversary who fools it too.
     A share `harden` is crafted with w frozen at 0, 1/2 or 1: an adversary who ignores it.  [D4]
     """
-    n, steps = len(x), max(args.attack_steps, 10)  # a generator soon finds out what a weaker attack overlooks
+    n, steps = len(x), max(args.attack_steps, 10)  # a gate soon finds out what a weaker attack overlooks
     rest = n - n // 4  # the last quarter needs no attack: the batch comes in random order
     eps = args.eps * torch.rand(rest, device=x.device, generator=generator)
     eps[torch.randperm(rest, device=x.device, generator=generator)[: n // 4]] = args.eps
@@ -306,7 +306,7 @@ def evaluate(net, x, y, eps, norm, others=(), batch_size=500):
 
 
 def frozen_weights(net, args):
-    """Models to attack in the generator's place, where it cannot interfere: w frozen at 0, 1/2 and 1.  [D5]"""
+    """Models to attack in the gate's place, where it cannot interfere: w frozen at 0, 1/2 and 1.  [D5]"""
     return [partial(net, w=w) for w in (0.0, 0.5, 1.0)] if args.bn == "dual" else []
 
 
@@ -376,14 +376,14 @@ if __name__ == "__main__":
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # for modes, precisions, flags: beyond it goes eager, silently
         net.compile()
-    gate = [p for name, p in net.named_parameters() if "generator." in name]
-    body = [p for name, p in net.named_parameters() if "generator." not in name]
+    gate = [p for name, p in net.named_parameters() if "gate." in name]
+    body = [p for name, p in net.named_parameters() if "gate." not in name]
     optimizers = {1: torch.optim.SGD([dict(params=body, peak=args.lr)], momentum=0.9, nesterov=True, fused=True,
                                      weight_decay=args.weight_decay)}
     if learned:
         slow = [dict(params=body, peak=args.gate_lr / 10)] if args.finetune == "all" else []
         optimizers[2] = torch.optim.Adam([dict(params=gate, peak=args.gate_lr), *slow])
-    stages = [1] * args.epochs + [2] * args.gate_epochs * learned
+    stages = [1] * args.epochs + [2] * (args.gate_epochs if learned else 0)
     steps = data.steps_per_epoch(len(d.train.y), args.batch_size, shared=not args.eval_only)
     majority = y_val.bincount().max().item() / len(y_val)
     eps_test = args.eps or 8 / 255  # an undefended network is tested like the others
@@ -419,7 +419,7 @@ if __name__ == "__main__":
     for epoch in range(progress["epoch"], 0 if args.eval_only else len(stages)):
         stage, started, sums = stages[epoch], time.time(), defaultdict(float)
         first, length = (0, args.epochs) if stage == 1 else (args.epochs, args.gate_epochs)
-        net.requires_grad_(stage == 1 or args.finetune == "all")  # stage 2 trains the generator alone, or everything
+        net.requires_grad_(stage == 1 or args.finetune == "all")  # stage 2 trains the gate alone, or everything
         for p in gate:
             p.requires_grad_(stage == 2)
         noise = distributed.seed(2_000_003 * args.seed + epoch)  # all chance is that of (seed, epoch)

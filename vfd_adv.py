@@ -67,7 +67,7 @@ class Args:
     # --- Method
     base: Literal["at", "trades", "mart"] = "at"  # adversarial training that the distillation is added to
     beta: float | None = None  # weight of the KL term of trades and mart (None: 6 and 5)
-    lambda_adv: float | None = None  # weight of d(S(x'), T(x)) (None: a share of D/K, see the docs; printed)
+    lambda_adv: float | None = None  # weight of d(S(x'), T(x)) (None: 0.03 D/C, see D2 in the docs; printed)
     lambda_nat: float | None = None  # weight of d(S(x), T(x)) (None: likewise). Both 0: the plain base, no teacher
     distance: Literal["mse", "cosine", "normalized-mse"] = "mse"  # d; mse is a mean over batch and dimensions
     distill: Literal["features", "logits"] = "features"  # what is paired: input or output of the last layer
@@ -94,7 +94,7 @@ PRESETS = {
     "tiny-imagenet": {"fast": FAST, "paper": PAPER},
 }
 BETA = {"at": 0.0, "trades": 6.0, "mart": 5.0}
-LAMBDA = 0.03  # both lambdas, in units of lambda_0: what a sweep on validation images picked  [D2]
+LAMBDA = 0.03  # both lambdas, in units of lambda_0: the largest that costs nothing in a sweep  [D2]
 
 
 # --- Network
@@ -166,7 +166,7 @@ class PreActResNet(nn.Module):
 # x, x'        x, x_adv                an image, and its PGD example
 # S, T         net, teacher            the network trained; the vanilla network, frozen, in eval mode
 # phi          features                pooled features, input of the last linear layer: (N, d) of S, (N, D) of T
-# z, z'        z, z_adv                logits (N, K) of S for x and x'
+# z, z'        z, z_adv                logits (N, C) of S for x and x', C classes
 # P            projection              linear map from d to D where they differ, otherwise the identity
 # beta         args.beta               weight of the base's own regulariser
 # lambda       args.lambda_adv, _nat   weights of the two pairs
@@ -174,7 +174,7 @@ class PreActResNet(nn.Module):
 
 
 def base_loss(z, z_adv, y, args):
-    """Loss of the base on logits (N, K), and its terms unweighted; `at` does not look at z.
+    """Loss of the base on logits (N, C), and its terms unweighted; `at` does not look at z.
 
     at: CE(z', y) (Madry et al. 2018). trades: CE(z, y) + beta mean_i KL(p_i || p'_i) (Zhang et al. 2019).
     mart: BCE(z', y) + beta mean_i [KL(p_i || p'_i) (1 - p_i[y_i])], where BCE adds to the cross-entropy a term
@@ -397,7 +397,7 @@ if __name__ == "__main__":
         teacher, teacher_state = load_teacher(path, args, len(d.classes), device)
         teacher_val = survivors(teacher, x_val, y_val, eps=0, steps=0).float().mean().item()
         print(f"teacher {path}: clean accuracy {teacher_val:.3f} on validation images", flush=True)
-        # lambda_0: a mean over D features then weighs as much per coordinate as one over K logits.  [D2]
+        # lambda_0: a mean over D features then weighs as much per coordinate as one over C logits.  [D2]
         unit = teacher.fc.in_features / len(d.classes) if (args.distance, args.distill) == ("mse", "features") else 1.0
         missing = {k: round(LAMBDA * unit, 6) for k in ("lambda_adv", "lambda_nat") if getattr(args, k) is None}
         args, preset = replace(args, **missing), preset | missing
@@ -485,8 +485,8 @@ if __name__ == "__main__":
                 if distilling:
                     with torch.no_grad():
                         z_t, phi_t = (v.float() for v in teacher(x, return_features=True))
-                    s, s_adv, wanted = (phi, phi_adv, phi_t) if args.distill == "features" else (z, z_adv, z_t)
-                    extra, distances = vfd_loss(s, s_adv, wanted, args, projection)
+                    s, s_adv, s_t = (phi, phi_adv, phi_t) if args.distill == "features" else (z, z_adv, z_t)
+                    extra, distances = vfd_loss(s, s_adv, s_t, args, projection)
                     loss, terms = loss + extra, terms | distances
             optimizer.zero_grad()
             loss.backward()

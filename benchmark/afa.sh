@@ -7,7 +7,7 @@
 #   bash benchmark/afa.sh gpu --dry-run          prints what is left to run
 #   SEEDS=1 bash benchmark/afa.sh cifar10          of one seed only
 #   bash benchmark/afa.sh gpu --also="--data-dir D --device cuda:1"      flags for all of them
-# PGD-AT has more epochs for the price of AFA's two stages: its steps lack the second half and the probe pass.
+# PGD-AT has more epochs for the price of AFA's two stages: its steps lack the clean pass, and it has no stage 2.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 part=digits

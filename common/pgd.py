@@ -191,8 +191,8 @@ def survivors(model, x, y, alive=None, *, eps, steps, step_size=None, relative_s
               source=None, seed=0, batch_size=500, **settings):  # fmt: skip
     """Which samples stay correctly classified under `pgd`: a boolean mask (N,). With `steps=0`, without an attack.
 
-    Only samples marked in `alive` (N,) are attacked, in each restart those that survived the ones before, so that an
-    accuracy costs what its survivors cost. step_size None is `relative_step` * eps. With `targets=k` each restart is k
+    Only samples marked in `alive` (N,) are attacked, in each restart those that survived the ones before: what is
+    broken stays broken. step_size None is `relative_step` * eps. With `targets=k` each restart is k
     attacks, towards each of the k classes likeliest without an attack beside y, with the loss `lead`. `source` is
     another model to craft on, for a transfer attack. The other `settings` are those of `pgd`; eps and step_size may be
     one value per sample. A misclassified sample that an attack happens to repair counts as a survivor: pass the clean

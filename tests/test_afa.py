@@ -79,7 +79,7 @@ def test_each_end_trains_its_own_statistics_and_affine_only(x):
     after = net.state_dict()
     moved = {k for k in before if not torch.equal(before[k], after[k])}
     assert moved and all(".adv." in k and "running" in k or "num_batches" in k for k in moved)
-    assert all(p.grad is None for name, p in net.named_parameters() if ".clean." in name or "generator" in name)
+    assert all(p.grad is None for name, p in net.named_parameters() if ".clean." in name or "gate." in name)
     assert all(p.grad is not None for name, p in net.named_parameters() if ".adv." in name)
 
 
@@ -102,7 +102,7 @@ def test_statistics_are_those_of_the_definition():
             torch.testing.assert_close(s[n, 1, c], (sd / scale).log(), rtol=1e-4, atol=1e-5)
 
 
-def test_generator_starts_at_nine_tenths_for_every_image(x):
+def test_the_gate_starts_at_nine_tenths_for_every_image(x):
     for gate in ("probe", "layer"):
         net, record = make(gate=gate), []
         net(x, record=record)
@@ -111,11 +111,11 @@ def test_generator_starts_at_nine_tenths_for_every_image(x):
             torch.testing.assert_close(w, torch.full((len(x),), 0.9))
 
 
-def test_generator_is_trained_and_reads_every_image_by_itself(x):
+def test_the_gate_is_trained_and_reads_every_image_by_itself(x):
     for gate in ("probe", "layer"):
         net = make(gate=gate)
         for m in net.modules():
-            if isinstance(m, afa.WeightGenerator):
+            if isinstance(m, afa.Gate):
                 nn.init.normal_(m.fc2.weight)
         torch.testing.assert_close(net(x)[2:3], net(x[2:3]), rtol=1e-4, atol=1e-4)
         net(x, record=(record := []))
@@ -124,13 +124,13 @@ def test_generator_is_trained_and_reads_every_image_by_itself(x):
         (through,) = torch.autograd.grad(F.cross_entropy(net(x_), torch.zeros(6, dtype=torch.long)), x_)
         w = torch.stack([w.detach() for _, w in record], 1)
         (past,) = torch.autograd.grad(F.cross_entropy(net(x_, w), torch.zeros(6, dtype=torch.long)), x_)
-        assert not torch.allclose(through, past, atol=1e-6)  # the attack sees the generator
+        assert not torch.allclose(through, past, atol=1e-6)  # the attack sees the gate
 
 
 def test_single_batchnorm_is_a_plain_network_bit_for_bit(x):
     single = make(bn="single")
     plain = afa.PreActResNet("preactresnet8", 4, 10)
-    state = {k: v for k, v in single.state_dict().items() if ".adv." not in k and "generator" not in k}
+    state = {k: v for k, v in single.state_dict().items() if ".adv." not in k and "gate." not in k}
     plain.load_state_dict({k.replace(".clean.", "."): v for k, v in state.items()})
     plain.eval()
     for w in (None, 0.0, 1.0):
@@ -154,7 +154,7 @@ def test_stage2_examples_have_every_strength_and_leave_the_network_alone(monkeyp
 
     monkeypatch.setattr(afa, "pgd", counted)
     net.requires_grad_(False)
-    for p in net.generator.parameters():
+    for p in net.gate.parameters():
         p.requires_grad_(True)
     trainable = [p.requires_grad for p in net.parameters()]
     before = {k: v.clone() for k, v in net.state_dict().items()}

@@ -56,7 +56,7 @@ class Args:
     seed: int = 1  # seed of everything random
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     bf16: bool = False  # train, and attack in training, under bfloat16 autocast; evaluation is float32
-    compile: bool = False  # torch.compile the network: some minutes of compiling, then faster on a GPU
+    compile: bool = False  # torch.compile the network for training: a minute or more of compiling, then faster on a GPU
     resume: str | None = None  # continue the run in this folder, with its own arguments
     eval_only: str | None = None  # evaluate the run in this folder, or one .pt file; writes eval.json beside it
     # --- Data
@@ -377,7 +377,8 @@ def training_loss(net, x, y, args, rise=1.0, generator=None):
         step_size = args.step_size or 2.5 * args.eps / args.attack_steps
         x = pgd(net, x, y, eps=rise * args.eps, step_size=rise * step_size, steps=args.attack_steps,
                 norm=args.norm, generator=generator)
-    net.train()
+    if not net.training:  # it walks through all modules: without an attack no small part of a step
+        net.train()
     record = []
     logits = net(x, record=record) if args.defense == "abnn" and args.align_weight else net(x)
     loss = F.cross_entropy(logits.float(), y)
@@ -409,6 +410,7 @@ def train_step(net, optimizer, x, y, args, rise=1.0, generator=None):
 
 def train_epoch(net, optimizer, d, args, epoch, bar=None):
     """Train for an epoch, whose chance is that of (seed, epoch). Means of loss terms and of accuracy, {tag: number}."""
+    data.tune(True)
     sums, steps = defaultdict(float), data.steps_per_epoch(len(d.train.y), args.batch_size)
     noise = distributed.seed(2_000_003 * args.seed + epoch)
     generator = torch.Generator(d.train.y.device).manual_seed(noise)
@@ -432,6 +434,7 @@ def train_epoch(net, optimizer, d, args, epoch, bar=None):
             bar.update()
     means = {k: distributed.mean(v).item() for k, v in sums.items()}
     distributed.average_statistics(net)
+    data.tune(False)
     if not all(math.isfinite(v) for v in means.values()):
         raise data.UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {args.lr:g}")
     return means
@@ -694,7 +697,7 @@ if __name__ == "__main__":
     x_test, y_test = d.test.x, d.test.y
     part = max(500 * 32**2 // ((args.frames if video else 1) * side**2), 16)  # samples in a pass of the evaluation
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
-    torch.backends.cudnn.benchmark = True
+    data.tune(False)
     torch.manual_seed(args.seed)
     net = (net if run else build(args, len(d.classes))).to(device, memory_format=torch.channels_last)
     if not run and args.defense == "abnn":
@@ -702,8 +705,8 @@ if __name__ == "__main__":
     elif not run:
         net.load_state_dict(clean_network(args, d, device).state_dict())  # all defenses start from the same T  [D5]
     if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # for modes, precisions, flags: beyond it goes eager, silently
-        net.compile()
+        torch._dynamo.config.recompile_limit = 64  # for modes and flags: beyond it goes eager, silently
+        net.compile(dynamic=False)  # another batch size is another graph: one of all sizes would be slower
     optimizer = optimizer_of(net, args)
     steps = data.steps_per_epoch(len(d.train.y), args.batch_size, shared=not args.eval_only)
     majority = y_val.bincount().max().item() / len(y_val)

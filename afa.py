@@ -41,7 +41,7 @@ class Args:
     seed: int = 1  # seed of everything random
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     bf16: bool = False  # train, and attack in training, under bfloat16 autocast; evaluation is float32
-    compile: bool = False  # torch.compile the network: some minutes of compiling, then faster on a GPU
+    compile: bool = False  # torch.compile the network for training: a minute or more of compiling, then faster on a GPU
     resume: str | None = None  # continue the run in this folder, with its own arguments
     eval_only: str | None = None  # evaluate the run in this folder, or one .pt file; writes eval.json beside it
     # --- Data
@@ -263,20 +263,22 @@ def build(args, classes):
 def stage2_attack(net, x, y, args, generator):
     """Examples of every strength: a quarter of the batch at eps 0, a quarter at eps_max, half uniform between.  [D3]
 
-    The attack goes through the gate and its probe pass, so that it learns against an adversary who fools it too.
-    A share `harden` is crafted with w frozen at 0, 1/2 or 1: an adversary who ignores it.  [D4]
+    The attack goes through the gate and its probe pass, so that it learns against an adversary who fools it too, and by
+    the margin loss: a gate soon misleads cross-entropy. A share `harden` is crafted with w frozen at 0, 1/2 or 1: an
+    adversary who ignores it.  [D4]
     """
     n, steps = len(x), max(args.attack_steps, 10)  # a gate soon finds out what a weaker attack overlooks
     rest = n - n // 4  # the last quarter needs no attack: the batch comes in random order
     eps = args.eps * torch.rand(rest, device=x.device, generator=generator)
-    eps[torch.randperm(rest, device=x.device, generator=generator)[: n // 4]] = args.eps
+    full = torch.randperm(rest, device=x.device, generator=generator)[: n // 4]
+    eps.index_fill_(0, full, args.eps)  # an assignment would copy the number from the host, and wait
     cut = round(args.harden * rest)
     w = torch.randint(0, 3, (cut, 1), device=x.device, generator=generator).expand(-1, net.layers) / 2
     x_adv = x.clone()
     for model, i in ((partial(net, w=w), slice(0, cut)), (net, slice(cut, rest))):
         if i.start < i.stop:
             x_adv[i] = pgd(model, x[i], y[i], eps=eps[i], step_size=2.5 / steps * eps[i], steps=steps,
-                           norm=args.norm, generator=generator)
+                           norm=args.norm, loss="margin", generator=generator)
     return x_adv
 
 
@@ -370,12 +372,12 @@ if __name__ == "__main__":
     d = data.load_as(args, device)
     x_val, y_val, x_test, y_test = data.to_float(d.val.x), d.val.y, data.to_float(d.test.x), d.test.y
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
-    torch.backends.cudnn.benchmark = True
+    data.tune(False)
     torch.manual_seed(args.seed)
     net = (net if run else build(args, len(d.classes))).to(device, memory_format=torch.channels_last)
     if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # for modes, precisions, flags: beyond it goes eager, silently
-        net.compile()
+        torch._dynamo.config.recompile_limit = 64  # for modes and flags: beyond it goes eager, silently
+        net.compile(dynamic=False)  # another batch size is another graph: one of all sizes would be slower
     gate = [p for name, p in net.named_parameters() if "gate." in name]
     body = [p for name, p in net.named_parameters() if "gate." not in name]
     optimizers = {1: torch.optim.SGD([dict(params=body, peak=args.lr)], momentum=0.9, nesterov=True, fused=True,
@@ -422,6 +424,7 @@ if __name__ == "__main__":
         net.requires_grad_(stage == 1 or args.finetune == "all")  # stage 2 trains the gate alone, or everything
         for p in gate:
             p.requires_grad_(stage == 2)
+        data.tune(True)
         noise = distributed.seed(2_000_003 * args.seed + epoch)  # all chance is that of (seed, epoch)
         generator = torch.Generator(device).manual_seed(noise)
         for i, (x, y) in enumerate(data.batches(d.train, args.batch_size, seed=args.seed, epoch=epoch, **d.augment)):
@@ -463,6 +466,7 @@ if __name__ == "__main__":
         if not all(math.isfinite(v) for v in scalars.values()):
             raise data.UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {args.lr:g}")
         seconds = time.time() - started
+        data.tune(False)
 
         # Validation: in stage 1 each end on its own kind of data, in stage 2 the whole model on both.
         net.eval()

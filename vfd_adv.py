@@ -42,7 +42,7 @@ class Args:
     seed: int = 1  # seed of everything random
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     bf16: bool = False  # train, and attack in training, under bfloat16 autocast; evaluation is float32
-    compile: bool = False  # torch.compile the network: some minutes of compiling, then faster on a GPU
+    compile: bool = False  # torch.compile the network for training: a minute or more of compiling, then faster on a GPU
     resume: str | None = None  # continue the run in this folder, with its own arguments
     eval_only: str | None = None  # evaluate the run in this folder, or one .pt file; writes eval.json beside it
     # --- Data
@@ -240,6 +240,7 @@ def vanilla_teacher(args, d):
     optimizer = torch.optim.SGD(teacher.parameters(), args.teacher_lr, momentum=0.9, nesterov=True, fused=True,
                                 weight_decay=args.weight_decay)
     steps = data.steps_per_epoch(len(d.train.y), args.batch_size)
+    data.tune(True)
     for epoch in range(args.teacher_epochs):  # one cycle, as below
         for i, (x, y) in enumerate(data.batches(d.train, args.batch_size, seed=seed, epoch=epoch, **d.augment)):
             t = (epoch + (i + 0.5) / steps) / args.teacher_epochs
@@ -255,6 +256,7 @@ def vanilla_teacher(args, d):
         if not math.isfinite(last):
             raise data.UserError(f"the teacher's loss is not finite: try a lower --teacher-lr than {args.teacher_lr:g}")
     distributed.average_statistics(teacher)
+    data.tune(False)
     data.save(path, dict(script="teacher", args=own, classes=len(d.classes), net=teacher.state_dict()))
     return path
 
@@ -390,7 +392,7 @@ if __name__ == "__main__":
     d = data.load_as(args, device)
     x_val, y_val, x_test, y_test = data.to_float(d.val.x), d.val.y, data.to_float(d.test.x), d.test.y
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
-    torch.backends.cudnn.benchmark = True
+    data.tune(False)
     teacher, projection = None, nn.Identity()
     if args.teacher or args.lambda_adv != 0 or args.lambda_nat != 0:  # None is not 0 yet
         path = run_dir / "teacher.pt" if run else args.teacher or vanilla_teacher(args, d)
@@ -407,8 +409,10 @@ if __name__ == "__main__":
     if distilling and args.distill == "features" and net.fc.in_features != teacher.fc.in_features:
         projection = nn.Linear(net.fc.in_features, teacher.fc.in_features).to(device)  # no part of the tested network
     if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # for modes, precisions, flags: beyond it goes eager, silently
-        net.compile()
+        torch._dynamo.config.recompile_limit = 64  # for modes and flags: beyond it goes eager, silently
+        net.compile(dynamic=False)  # another batch size is another graph: one of all sizes would be slower
+        if teacher is not None:
+            teacher.compile(dynamic=False)
     optimizer = torch.optim.SGD([*net.parameters(), *projection.parameters()], args.lr, momentum=0.9,
                                 nesterov=True, fused=True, weight_decay=args.weight_decay)
     x_seen, y_seen = data.to_float(d.train.x[:256].to(device)), d.train.y[:256]  # where training is watched  [D6]
@@ -449,6 +453,7 @@ if __name__ == "__main__":
                disable=distributed.rank() > 0 or not sys.stderr.isatty())
     for epoch in range(progress["epoch"], 0 if args.eval_only else args.epochs):
         started, sums = time.time(), defaultdict(float)
+        data.tune(True)
         noise = distributed.seed(2_000_003 * args.seed + epoch)  # all chance is that of (seed, epoch)
         generator = torch.Generator(device).manual_seed(noise)
         for i, (x, y) in enumerate(data.batches(d.train, args.batch_size, seed=args.seed, epoch=epoch, **d.augment)):
@@ -503,6 +508,7 @@ if __name__ == "__main__":
         if not all(math.isfinite(v) for v in scalars.values()):
             raise data.UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {args.lr:g}")
         seconds = time.time() - started
+        data.tune(False)
 
         # Validation, and the distances to the teacher on images of the training split.
         net.eval()

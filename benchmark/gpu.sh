@@ -14,7 +14,8 @@ FIRST=${FIRST:-1} LAST=${LAST:-99} JOBS=${JOBS:-3} PEAK=${PEAK:-990} FLAGS=${FLA
 SPEED=${SPEED-"--repeats 7 --layouts channels_last --no-compile --no-loader"}
 SMALL=${SMALL-"--train-size 512 --val-size 64 --test-size 16 --arch preactresnet8 --width 8 --epochs 1 --attack-steps 2"}
 SIZE=${SIZE-"--dataset cifar10 --test-size 1000"}
-export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+PYTHON=${PYTHON:-python3}
+export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-3}
 mkdir -p "$OUT" "$DATA" "$WORK"
 OUT=$(cd "$OUT" && pwd)
 [ -f "$ARCHIVES/prepare.sh" ] && . "$ARCHIVES/prepare.sh"
@@ -50,14 +51,14 @@ check)
     for check in "${checks[@]}"; do  # side by side: compiling takes one core each
         read -r script flags <<<"$check"
         name=check_${script}$([[ $flags == *moving* ]] && echo _video)
-        limited $(($(left) / 2)) "$name" python "$script.py" $SMALL $flags $FLAGS --runs-dir "$WORK/$name" &
+        limited $(($(left) / 2)) "$name" "$PYTHON" "$script.py" $SMALL $flags $FLAGS --runs-dir "$WORK/$name" &
         pids+=($!)
     done
     for pid in "${pids[@]}"; do
         wait "$pid" || failed=$((failed + 1))
     done
     # It keeps its file after each part: what was measured when the time is up is there.
-    limited "$(left)" speed python benchmark/speed.py --peak-tflops "$PEAK" --out "$OUT/speed_cuda.json" $SPEED ||
+    limited "$(left)" speed "$PYTHON" benchmark/speed.py --peak-tflops "$PEAK" --out "$OUT/speed_cuda.json" $SPEED ||
         failed=$((failed + 1))
     cat "$WORK/speed.log"
     pack check
@@ -80,9 +81,9 @@ rows)
         [ "$(left)" -lt 60 ] && { echo "$name: no time left"; return; }
         run=$(ls -d "$folder"/*__"$script"__*/last.pt 2>/dev/null | tail -n 1)
         if [ -n "$run" ]; then
-            limited $(($(left) - 20)) "$name" python "$script.py" --resume "$(dirname "$run")" --data-dir "$DATA"
+            limited $(($(left) - 20)) "$name" "$PYTHON" "$script.py" --resume "$(dirname "$run")" --data-dir "$DATA"
         else
-            limited $(($(left) - 20)) "$name" python "$script.py" $flags $SIZE $FLAGS --data-dir "$DATA" --runs-dir "$folder"
+            limited $(($(left) - 20)) "$name" "$PYTHON" "$script.py" $flags $SIZE $FLAGS --data-dir "$DATA" --runs-dir "$folder"
         fi
     }
     for number in $(seq "$FIRST" "$((LAST < ${#rows[@]} ? LAST : ${#rows[@]}))"); do

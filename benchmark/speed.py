@@ -163,7 +163,7 @@ def cases(key, peers, args, device):
             run()
         forwards[name] = len(passes)
     if kind == "compiled":
-        net.compile()
+        net.compile(dynamic=False)
     return rows, forwards
 
 
@@ -332,7 +332,7 @@ def taking_turns(original, row, steps, result):
                     floor.seconds(x, y)
                 result["floor_passes"], result["floor_flops"] = sum(lists, []), flops.total
                 if args.compile:
-                    floor.net.compile()
+                    floor.net.compile(dynamic=False)
             beneath = floor.seconds(x, y)
             if i >= WARMUP:
                 result.setdefault("step", []).append(end - start)
@@ -389,6 +389,7 @@ def evaluation(args, device):
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
+    data.tune(False)
     form = dict(memory_format=torch.channels_last)
     net = afa.AFANet(afa.Args(arch=args.script_arch, width=args.script_width, bn="single"), CLASSES)
     net = net.to(device, **form).eval()
@@ -421,6 +422,7 @@ def evaluation(args, device):
                             cold=cold / median(b), **ratio(a, b)))  # fmt: skip
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
+    data.tune(True)
     return entries
 
 
@@ -512,8 +514,8 @@ if __name__ == "__main__":
     keep()
 
     # The scripts' steps. Operations are the eager network's: graphs are not counted.
-    settings = [(row, mode, False) for row in wanted_rows["scripts"] for mode in modes]
-    settings += [(row, "bf16", True) for row in wanted_rows["script-compile"]]
+    settings = [(row, "bf16", True) for row in wanted_rows["script-compile"]]  # first: most depends on them
+    settings += [(row, mode, False) for row in wanted_rows["scripts"] for mode in modes]
     if settings:
         print(f"\n{'steps of the scripts':<46}{'ms':>9}{'x floor':>9}   quartiles")
     # Past this limit, 8 by default, code runs eagerly in silence.

@@ -286,6 +286,13 @@ def device(name):
         raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
 
 
+def tune(training):
+    """Search for the fastest convolutions and run compiled graphs in training, whose batches have few sizes. Elsewhere
+    each size, precision and flag would cost another search, of seconds, and another graph, of minutes."""
+    torch.backends.cudnn.benchmark = training
+    torch.compiler.set_stance("default" if training else "force_eager")
+
+
 def peak_memory(device):
     """The most memory so far in GB: of tensors on a GPU, of the whole process on the CPU (0 where nobody tells)."""
     if device.type == "cuda":

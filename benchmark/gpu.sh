@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The GPU checks, in calls of ten minutes each, for a GPU that is at hand for a short time only.
 #   bash benchmark/gpu.sh check    unpacks data, runs all four scripts on embedded data, then benchmark/speed.py
+#   bash benchmark/gpu.sh speed    benchmark/speed.py alone, if the time was not enough for all of it
 #   bash benchmark/gpu.sh rows     CIFAR-10, several rows at a time; called again it goes on where the last call stopped
 # Variables: OUT, what is to be kept (gpu_out); DATA, the data sets (/tmp/data); WORK, runs and checkpoints (/tmp/gpu_runs);
 # ARCHIVES, a folder with cifar-10-python.tar.gz and the like, and perhaps prepare.sh, which is sourced first: for what has
@@ -23,6 +24,9 @@ for archive in "$ARCHIVES"/*.tar.gz; do
     [ -f "$archive" ] && tar -xzf "$archive" -C "$DATA"
 done
 
+# Now, not from the logs of all the runs.
+"$PYTHON" -c "import tensorboard, torch, torchvision, tqdm, tyro; print('torch', torch.__version__, 'cuda', torch.version.cuda)" || exit 1
+
 left() { echo $((LIMIT - SECONDS)); }
 
 # limited SECONDS NAME COMMAND...: its output goes to WORK/NAME.log; says how it ended. SIGINT lets a script end in order.
@@ -40,21 +44,23 @@ pack() {  # results, arguments and logs of all runs; a checkpoint only where it 
         ! -name "last.pt" ! -name "teacher.pt" | tar -czf "$OUT/$1.tar.gz" -T -)
 }
 
-case "${1:-check}" in
-check)
+set -- "${1:-check}"
+case "$1" in
+check | speed)
     nvidia-smi 2>/dev/null || echo "no nvidia-smi here"
     checks=(
         "afa --gate-epochs 1" "aalp" "vfd_adv --teacher-epochs 1" "abnn --clean-epochs 1"
         "abnn --clean-epochs 1 --dataset moving-digits --arch conv3d"
     )
+    [ "$1" = speed ] && checks=()
     pids=() failed=0
-    for check in "${checks[@]}"; do  # side by side: compiling takes one core each
+    for check in ${checks[@]+"${checks[@]}"}; do  # side by side: compiling takes one core each
         read -r script flags <<<"$check"
         name=check_${script}$([[ $flags == *moving* ]] && echo _video)
         limited $(($(left) / 2)) "$name" "$PYTHON" "$script.py" $SMALL $flags $FLAGS --runs-dir "$WORK/$name" &
         pids+=($!)
     done
-    for pid in "${pids[@]}"; do
+    for pid in ${pids[@]+"${pids[@]}"}; do
         wait "$pid" || failed=$((failed + 1))
     done
     # It keeps its file after each part: what was measured when the time is up is there.
@@ -95,7 +101,7 @@ rows)
     echo "$(ls "$WORK"/row*/*/results.json 2>/dev/null | wc -l) of ${#rows[@]} rows are done, after $SECONDS s"
     ;;
 *)
-    echo "error: gpu.sh check or gpu.sh rows, not $1" >&2
+    echo "error: gpu.sh check, gpu.sh speed or gpu.sh rows, not $1" >&2
     exit 2
     ;;
 esac

@@ -54,6 +54,7 @@ def execute(arguments, runs, script):
             return error.code
         finally:
             signal.signal(signal.SIGINT, handler)
+            torch.compiler.set_stance("default")  # a script ends in another
     return 0
 
 

@@ -248,6 +248,23 @@ def test_a_run_that_was_resumed_itself_is_evaluated_by_any_number_of_processes()
         data.check_same(own, own, {"processes": 2})
 
 
+@pytest.mark.parametrize("script, own, graphs", [("afa", "--gate-epochs 1", 6), ("aalp", "", 2)])
+def test_compiled_is_training_alone_with_a_graph_for_each_of_its_batches(script, own, graphs, tmp_path, monkeypatch):
+    """AFA: attack, both ends; frozen and predicted weights, the gate. AALP: attack, and a batch of twice the size."""
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append([x.shape[0] for x in inputs if isinstance(x, torch.Tensor) and x.shape[1:] == (3, 32, 32)])
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net, **settings: setattr(
+        net, "_compiled_call_impl", torch.compile(net._call_impl, backend=backend, **settings)))
+    tiny = "--train-size 16 --val-size 20 --test-size 2 --width 4 --epochs 2 --batch-size 16 --attack-steps 1"
+    finished_in_process(f"{tiny} --eps-warmup-epochs 0 --compile {own}", tmp_path, f"{script}.py")
+    torch._dynamo.reset()
+    assert len(seen) == graphs and all(sizes and isinstance(sizes[0], int) for sizes in seen)
+
+
 def test_a_run_is_not_resumed_without_its_best_epoch(tmp_path):
     own, first, later = afa.Args(resume=str(tmp_path)), {"best": -1.0}, {"best": 0.5}
     data.check_same(own, own, first)  # there was none yet

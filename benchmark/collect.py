@@ -40,7 +40,8 @@ def setting(script, info):
     usual |= getattr(module, "METHODS", {}).get("alp" if args.get("control_of") else args.get("method"), {})
     usual = json.loads(json.dumps(usual))  # as args.json has it: a tuple is a list
     skipped = NOT_A_SETTING | set(info.get("preset", []))  # what a script says that it filled in by itself
-    changed = {k: v for k, v in args.items() if k not in skipped and v != usual[k]}
+    # A flag of an earlier version, gone since, is part of the name where it was on.
+    changed = {k: v for k, v in args.items() if k not in skipped and v != usual.get(k, False)}
     if changed.get("control_of"):  # the folder, and the weight that comes from it, are another with each seed
         changed = {k: v for k, v in changed.items() if k not in ("method", "pairing_weight")} | {"control_of": "RUN"}
     shown = {k: f"{255 * v:g}/255" if k in ("eps", "step_size") else v for k, v in changed.items()}

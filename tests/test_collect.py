@@ -55,6 +55,12 @@ def test_setting_writes_switches_as_flags_and_zeros_as_numbers():
         "--compile --eps-warmup-epochs 0.0 --no-equalised")
 
 
+def test_a_run_of_an_earlier_version_with_a_flag_that_is_gone_has_its_name():
+    args = {**vars(abnn.Args()), **abnn.DIGITS, "gone": False}
+    assert setting("abnn", {"args": json.loads(json.dumps(args))}) == "default"
+    assert setting("abnn", {"args": json.loads(json.dumps(args | {"gone": True}))}) == "--gone"
+
+
 def results(seed, command, **own):
     """results.json of a run of aalp.py."""
     scores = dict(epoch=1, worst=0.1 * seed, clean=0.9, fgsm=0.5, pgd20=0.4, pgd50_margin=0.35, targeted=0.3)

@@ -360,7 +360,7 @@ if __name__ == "__main__":
     d = data.load_as(args, device)
     x_val, y_val, x_test, y_test = data.to_float(d.val.x), d.val.y, data.to_float(d.test.x), d.test.y
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
-    data.tune(False)
+    data.tune(False)  # evaluation has many
     torch.manual_seed(args.seed)
     net = (net if run else build(args, len(d.classes))).to(device, memory_format=torch.channels_last)
     if args.compile:
@@ -401,7 +401,7 @@ if __name__ == "__main__":
                disable=distributed.rank() > 0 or not sys.stderr.isatty())
     for epoch in range(progress["epoch"], 0 if args.eval_only else args.epochs):
         started, sums, weights = time.time(), defaultdict(float), []
-        data.tune(True)
+        data.tune(True)  # training has few batch sizes
         noise = distributed.seed(2_000_003 * args.seed + epoch)  # all chance is that of (seed, epoch)
         generator = torch.Generator(device).manual_seed(noise)
         for i, (x, y) in enumerate(data.batches(d.train, args.batch_size, seed=args.seed, epoch=epoch, **d.augment)):
@@ -447,7 +447,7 @@ if __name__ == "__main__":
         if not all(math.isfinite(v) for v in scalars.values()):
             raise data.UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {args.lr:g}")
         seconds = time.time() - started
-        data.tune(False)
+        data.tune(False)  # evaluation has many
 
         # Validation, and the paper's two observations on images of the training split.
         net.eval()

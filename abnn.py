@@ -410,7 +410,7 @@ def train_step(net, optimizer, x, y, args, rise=1.0, generator=None):
 
 def train_epoch(net, optimizer, d, args, epoch, bar=None):
     """Train for an epoch, whose chance is that of (seed, epoch). Means of loss terms and of accuracy, {tag: number}."""
-    data.tune(True)
+    data.tune(True)  # training has few batch sizes
     sums, steps = defaultdict(float), data.steps_per_epoch(len(d.train.y), args.batch_size)
     noise = distributed.seed(2_000_003 * args.seed + epoch)
     generator = torch.Generator(d.train.y.device).manual_seed(noise)
@@ -434,7 +434,7 @@ def train_epoch(net, optimizer, d, args, epoch, bar=None):
             bar.update()
     means = {k: distributed.mean(v).item() for k, v in sums.items()}
     distributed.average_statistics(net)
-    data.tune(False)
+    data.tune(False)  # evaluation has many
     if not all(math.isfinite(v) for v in means.values()):
         raise data.UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {args.lr:g}")
     return means
@@ -697,7 +697,7 @@ if __name__ == "__main__":
     x_test, y_test = d.test.x, d.test.y
     part = max(500 * 32**2 // ((args.frames if video else 1) * side**2), 16)  # samples in a pass of the evaluation
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
-    data.tune(False)
+    data.tune(False)  # evaluation has many
     torch.manual_seed(args.seed)
     net = (net if run else build(args, len(d.classes))).to(device, memory_format=torch.channels_last)
     if not run and args.defense == "abnn":

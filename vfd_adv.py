@@ -240,7 +240,7 @@ def vanilla_teacher(args, d):
     optimizer = torch.optim.SGD(teacher.parameters(), args.teacher_lr, momentum=0.9, nesterov=True, fused=True,
                                 weight_decay=args.weight_decay)
     steps = data.steps_per_epoch(len(d.train.y), args.batch_size)
-    data.tune(True)
+    data.tune(True)  # training has few batch sizes
     for epoch in range(args.teacher_epochs):  # one cycle, as below
         for i, (x, y) in enumerate(data.batches(d.train, args.batch_size, seed=seed, epoch=epoch, **d.augment)):
             t = (epoch + (i + 0.5) / steps) / args.teacher_epochs
@@ -256,7 +256,7 @@ def vanilla_teacher(args, d):
         if not math.isfinite(last):
             raise data.UserError(f"the teacher's loss is not finite: try a lower --teacher-lr than {args.teacher_lr:g}")
     distributed.average_statistics(teacher)
-    data.tune(False)
+    data.tune(False)  # evaluation has many
     data.save(path, dict(script="teacher", args=own, classes=len(d.classes), net=teacher.state_dict()))
     return path
 
@@ -392,7 +392,7 @@ if __name__ == "__main__":
     d = data.load_as(args, device)
     x_val, y_val, x_test, y_test = data.to_float(d.val.x), d.val.y, data.to_float(d.test.x), d.test.y
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
-    data.tune(False)
+    data.tune(False)  # evaluation has many
     teacher, projection = None, nn.Identity()
     if args.teacher or args.lambda_adv != 0 or args.lambda_nat != 0:  # None is not 0 yet
         path = run_dir / "teacher.pt" if run else args.teacher or vanilla_teacher(args, d)
@@ -453,7 +453,7 @@ if __name__ == "__main__":
                disable=distributed.rank() > 0 or not sys.stderr.isatty())
     for epoch in range(progress["epoch"], 0 if args.eval_only else args.epochs):
         started, sums = time.time(), defaultdict(float)
-        data.tune(True)
+        data.tune(True)  # training has few batch sizes
         noise = distributed.seed(2_000_003 * args.seed + epoch)  # all chance is that of (seed, epoch)
         generator = torch.Generator(device).manual_seed(noise)
         for i, (x, y) in enumerate(data.batches(d.train, args.batch_size, seed=args.seed, epoch=epoch, **d.augment)):
@@ -508,7 +508,7 @@ if __name__ == "__main__":
         if not all(math.isfinite(v) for v in scalars.values()):
             raise data.UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {args.lr:g}")
         seconds = time.time() - started
-        data.tune(False)
+        data.tune(False)  # evaluation has many
 
         # Validation, and the distances to the teacher on images of the training split.
         net.eval()

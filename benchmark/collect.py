@@ -60,6 +60,8 @@ def measured(method):
                 for k, v in curve.items()}
     columns |= {f"{name} monotone {k}": v for name, statistics in method.get("statistics", {}).items()
                 for k, v in statistics["monotone_share"].items()}
+    if any(map(any, method.get("weight_sd", ()))):  # predicted: not that of a single BatchNorm
+        columns |= {f"weight@{255 * e:g}": mean(w) for e, w in zip(method["strengths"], method["weight_mean"])}
     columns |= {f"{net} usefulness {k}": mean(v) for net, row in method.get("usefulness", {}).items()
                 for k, v in row.items()}
     columns |= {f"{k} over epochs": mean(v) for k, v in method.get("history", {}).items()

@@ -63,7 +63,7 @@ COMMON = {"--arch preactresnet8", "--attack-steps 3", "--train-size 7000", "--va
 COLUMNS = [*"worst clean fgsm pgd20 pgd50_margin targeted transfer".split(), "last worst", "last clean"]
 ATTACKERS = ("worst", "A ce", "A margin", "B ce", "B margin", "C ce", "C margin", "no gradient")
 ATTACKS = ("clean", "pgd", "roa", "roa_search", "af", "af_universal", "spa", "all")
-NOT_FRACTIONS = ("n50", "n90", "cka", "distance", "usefulness", "sample_weight")
+NOT_FRACTIONS = ("n50", "n90", "cka", "distance", "usefulness", "sample_weight", "weight@")
 LAMBDA_0 = 6.4  # D/K of the embedded data: 64 features, ten classes
 
 

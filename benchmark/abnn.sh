@@ -48,6 +48,8 @@ commands() {
             echo python abnn.py $short --defense none
             echo python abnn.py $short --defense at
             echo python abnn.py $short --substitute $substitute
+            echo python abnn.py $short --substitute $substitute --statistics channel
+            echo python abnn.py $short --substitute $substitute --no-equalised
         done
         ;;
     gpu)

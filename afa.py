@@ -504,6 +504,7 @@ if __name__ == "__main__":
         checkpoint("last.pt")  # last of all: a run that dies before it repeats the epoch, and finds everything in place
         shown = ", ".join(f"{k} {v:.3f}" for k, v in scalars.items() if k.startswith(("losses", "val")))
         bar.write(f"epoch {epoch + 1}/{len(stages)}: {shown}, {speed:.0f} images/s")
+        sys.stdout.flush()  # a log shows each epoch when it ends
     bar.close()
 
     # Final evaluation: the test split, for the first and only time.

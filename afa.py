@@ -3,7 +3,7 @@ and one for adversarial features, and a small gate predicts for each image how t
 
 Kai Zhao et al., "Adaptive Feature Alignment for Adversarial Training", https://arxiv.org/abs/2105.15157
 
-    python afa.py                                       # embedded data, a few minutes on two CPU cores
+    python afa.py                                       # embedded data, ten minutes on two CPU cores
     python afa.py --dataset cifar10 --bf16 --compile    # PreActResNet-18, 30 epochs, on a GPU
 
 Embedded data, 8/255, 3 seeds: 90.1 % clean, 70.7 % under PGD-20, 57.1 % in the worst case (PGD-AT: 87.8, 84.7, 84.3).

@@ -10,6 +10,7 @@ Clips of a video set are (N, T, H, W, 3) in the place of images, their batches c
 `digits` is drawn by `draw_digits` below: no download, and the same bytes on every machine.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -21,6 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 import zlib
@@ -256,16 +258,27 @@ def check_same(args, own, state, free_in_test=()):
 
 
 def on_interrupt(script, run_dir=None):
-    """From here on Ctrl-C ends the program, status 130, with a line that says how to go on: with the run in `run_dir`,
-    once it has a checkpoint."""
+    """From here on Ctrl-C (status 130) and a disk that TensorBoard finds full (status 1) end the program with a line
+    that says how to go on: with the run in `run_dir`, once it has a checkpoint."""
+
+    def how_to_go_on():
+        if run_dir and (run_dir / "last.pt").exists():
+            return f"to continue after the last finished epoch: {distributed.launcher()} {script}.py --resume {run_dir}"
+        return "there is nothing to continue: start it again"
 
     def interrupted(*_):
-        after = f"to continue after the last finished epoch: {distributed.launcher()} {script}.py --resume {run_dir}"
-        resumable = run_dir and (run_dir / "last.pt").exists()
-        print("\ninterrupted; " + (after if resumable else "there is nothing to continue: start it again"))
+        print(f"\ninterrupted; {how_to_go_on()}")
         raise SystemExit(130)
 
+    def failed(kind, error, trace):  # of files written by others than `save`, whose own error says all
+        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            sys.__excepthook__(kind, error, trace)
+        elif threading.current_thread() is threading.main_thread():  # a thread's error is raised again in the main one
+            print(f"error: a file cannot be written ({error}); {how_to_go_on()}", file=sys.stderr)
+
     signal.signal(signal.SIGINT, interrupted)
+    sys.excepthook = failed
+    threading.excepthook = lambda e: failed(e.exc_type, e.exc_value, e.exc_traceback)
 
 
 def device(name):

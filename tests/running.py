@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -47,6 +48,8 @@ def execute(arguments, runs, script):
     handler = signal.getsignal(signal.SIGINT)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(data.READERS, "digits", lambda data_dir: read_digits(None))
+        for module in (sys, threading):  # a script sets its own
+            patch.setattr(module, "excepthook", module.excepthook)
         patch.setattr(sys, "argv", [script, *shlex.split(arguments), "--runs-dir", str(runs)])
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")

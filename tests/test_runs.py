@@ -223,6 +223,12 @@ def test_a_network_of_one_class_is_never_the_best_if_there_is_another(script, ow
     assert results["best"]["epoch"] == 2  # of epochs that do not count it is the last: of two networks of one class
 
 
+def no_room():
+    """Every file may grow to 1 kB only, as if the disk were full."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+
+
 def test_full_disk_is_one_line_and_keeps_what_was_there(tiny, runs, tmp_path):
     copy = tmp_path / "run"
     copy.mkdir()
@@ -230,15 +236,25 @@ def test_full_disk_is_one_line_and_keeps_what_was_there(tiny, runs, tmp_path):
         (copy / file).write_bytes((tiny / file).read_bytes())
     before = {p.name: p.read_bytes() for p in copy.iterdir()}
 
-    def no_room():  # every file may grow to 1 kB only, as if the disk were full: results.json does not fit
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
-
     process = start(f"--eval-only {copy}", runs, preexec_fn=no_room)
     output = process.communicate()[0]
     assert process.returncode == 2 and "Traceback" not in output
     assert output.strip().splitlines()[-1].startswith(f"error: cannot write {copy / 'eval.json'}")
     assert {p.name: p.read_bytes() for p in copy.iterdir()} == before
+
+
+def test_a_full_disk_under_tensorboard_is_one_line_that_says_how_to_go_on(runs, tmp_path):
+    run = finished_in_process(TINY.replace("--epochs 2", "--epochs 1") + " --fusion 1", runs)[0]
+    state = torch.load(run / "last.pt", weights_only=True)
+    torch.save(state | {"epoch": 0, "best": -1.0}, run / "last.pt")  # as if it had died in its only epoch
+    before = (run / "last.pt").read_bytes()
+    process = start(f"--resume {run}", runs, preexec_fn=no_room)
+    output = process.communicate()[0]
+    assert process.returncode == 1 and "Traceback" not in output, output
+    assert output.strip().splitlines()[-1] == (
+        f"error: a file cannot be written ([Errno 27] File too large); to continue after the last finished epoch: "
+        f"python afa.py --resume {run}")
+    assert (run / "last.pt").read_bytes() == before
 
 
 def test_a_run_that_was_resumed_itself_is_evaluated_by_any_number_of_processes():

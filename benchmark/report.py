@@ -61,7 +61,7 @@ COMMON = {"--arch preactresnet8", "--attack-steps 3", "--train-size 7000", "--va
           *(f"--eps-warmup-epochs {n}.0" for n in (3, 6, 8, 9, 12)), "--gate-epochs 2", "--teacher-epochs 10",
           "--substitute svhn", "--substitute cifar10", "--bf16", "--compile"}  # fmt: skip
 COLUMNS = [*"worst clean fgsm pgd20 pgd50_margin targeted transfer".split(), "last worst", "last clean"]
-ATTACKERS = ("worst", "A ce", "A margin", "B ce", "B margin", "C ce", "C margin", "no gradient")
+ATTACKERS = ("worst", "A ce", "A margin", "B ce", "B margin", "C ce", "C margin", "C strong", "no gradient")
 ATTACKS = ("clean", "pgd", "roa", "roa_search", "af", "af_universal", "spa", "all")
 NOT_FRACTIONS = ("n50", "n90", "cka", "distance", "usefulness", "sample_weight", "weight@")
 LAMBDA_0 = 6.4  # D/K of the embedded data: 64 features, ten classes

@@ -318,7 +318,7 @@ def search_corners(model, x, y, side, loss="ce", candidates=20):
     Of the windows with the largest squared gradient the one in which a grey square raises the loss most. In a clip the
     k-th best windows of all frames are tried together.
     """
-    x, loss_fn = x.detach().requires_grad_(), LOSSES[loss]
+    x, loss_fn = x.detach().requires_grad_(), loss if callable(loss) else LOSSES[loss]
     with torch.enable_grad():
         (grad,) = torch.autograd.grad(loss_fn(model(x).float(), y).sum(), x)
     stride = max(side // 4, 1)
@@ -352,7 +352,7 @@ def universal(model, x, y, mask, *, steps, step_size=0.05, loss="ce", generator=
                mask=mask, loss=loss, generator=generator)  # fmt: skip
 
 
-def masked_attack(name, model, x, y, size, *, steps=30, loss="ce", frame=None, generator=None):
+def masked_attack(name, model, x, y, size, *, steps=30, loss="ce", frame=None, generator=None, keep_best=False):
     """x_adv for x (N, C, [T,] H, W): some pixels take any value, by `steps` steps of .05.
 
     | name           | pixels                                                         | size   | start  |
@@ -365,7 +365,8 @@ def masked_attack(name, model, x, y, size, *, steps=30, loss="ce", frame=None, g
 
     Without steps each is its own twin without a gradient: a grey square, a border of noise, black pixels.
     """
-    attack = partial(pgd, model, y=y, eps=1.0, step_size=0.05, steps=steps, loss=loss, generator=generator)
+    attack = partial(pgd, model, y=y, eps=1.0, step_size=0.05, steps=steps, loss=loss, generator=generator,
+                     keep_best=keep_best)  # fmt: skip
     if name == "af":
         return attack(x, mask=frame_mask(size, x))
     if name == "af_universal":

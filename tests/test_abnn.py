@@ -287,7 +287,7 @@ def test_an_undefended_network_falls_under_every_attack(undefended):
     net, x, y, known, args = undefended
     table, warnings = abnn.evaluate_threats(net, x, y, known, args, part=500)
     assert table["worst"]["clean"] > 0.5
-    assert set(table) == {"worst", "C ce", "C margin", "no gradient"}
+    assert set(table) == {"worst", "C ce", "C margin", "C strong", "no gradient"}
     for name in abnn.PHYSICAL:
         limit = 0.5 * table["worst"]["clean"] if name == "af_universal" else 0.15  # one frame for all is weaker
         assert table["worst"][name] <= limit, name
@@ -304,6 +304,29 @@ def test_table_of_threats_agrees_with_pgd_alone(undefended, monkeypatch):
     for loss in ("ce", "margin"):
         expected = survivors(net, x, y, clean, eps=2 / 255, steps=20, loss=loss).float().mean().item()
         assert table[f"C {loss}"]["pgd"] == pytest.approx(expected)
+
+
+def test_the_strong_white_box_goes_on_where_the_others_end(undefended, monkeypatch):
+    """Of what cross-entropy and margin leave together it breaks more, and only that; towards every wrong class too."""
+    monkeypatch.setattr(abnn, "PHYSICAL", ("spa",))
+    net, x, y, known, args = undefended
+    args = replace(args, attack_strength=1)
+    monkeypatch.setitem(abnn.ATTACK_SIZES, "digits", (14, 2, 12))  # few pixels: there is something left to break
+    seen, craft = [], abnn.craft
+
+    def spied(name, source, x, y, args, generator, **how):
+        seen.append((len(x), how))
+        return craft(name, source, x, y, args, generator, **how)
+
+    monkeypatch.setattr(abnn, "craft", spied)
+    table, _ = abnn.evaluate_threats(net, x, y, known, args, part=500)
+    row = {k: v["spa"] for k, v in table.items()}
+    assert 0 < row["C strong"] < min(row["C ce"], row["C margin"]) and row["worst"] == row["C strong"]
+    sizes, hows = zip(*seen[3:])  # after both losses and no gradient
+    assert list(sizes) == sorted(sizes, reverse=True) and sizes[0] <= len(y) * min(row["C ce"], row["C margin"]) + 1e-6
+    assert [how.get("steps") for how in hows] == [100, 100] + 9 * [None] and all(how["keep_best"] for how in hows)
+    targets = torch.stack([how["loss"].keywords["target"][0] for how in hows[2:]])
+    assert len(set(targets.tolist())) >= 5 and sizes[-1] >= row["C strong"] * len(y) - 1e-6
 
 
 def test_a_white_box_that_fails_is_warned_of(undefended, monkeypatch):
@@ -358,7 +381,8 @@ def test_a_run_leaves_its_results(tiny, runs):
     assert {p.name for p in run.iterdir() if "tfevents" not in p.name} == {
         "args.json", "best.pt", "last.pt", "results.json"}
     method = results["method"]
-    assert set(method["threats"]) == {"worst", "no gradient", *(f"{t} {k}" for t in "ABC" for k in ("ce", "margin"))}
+    assert set(method["threats"]) == {
+        "worst", "no gradient", "C strong", *(f"{t} {k}" for t in "ABC" for k in ("ce", "margin"))}
     for row in method["threats"].values():
         assert all(0 <= v <= 1 for v in row.values())
     assert method["verdict"] in output and "weaker premise" in output
@@ -420,7 +444,7 @@ def test_other_defenses_start_from_the_same_network(defense, tiny, runs, monkeyp
 def test_adversarial_training_runs_and_has_a_white_box_only(tiny, runs):
     run, output = finished_in_process(TINY + " --epochs 1 --defense at", runs, "abnn.py")
     method = json.loads((run / "results.json").read_text())["method"]
-    assert set(method["threats"]) == {"worst", "C ce", "C margin", "no gradient"}
+    assert set(method["threats"]) == {"worst", "C ce", "C margin", "C strong", "no gradient"}
 
 
 def test_a_kept_substitute_can_be_evaluated_like_any_checkpoint(tiny, runs, capsys, tmp_path):

@@ -605,16 +605,16 @@ def above(a, b):
 def evaluate_threats(net, x, y, known, args, part):
     """Accuracies {row: {attack: accuracy}} and warnings; `part` samples of x (floats or uint8) at a time.  [D7]
 
-    Rows: `worst`, the per-image minimum of the others; threat model and loss; `C strong`; `no gradient`. Those with a
-    loss attack every image that is right without an attack, at the same positions, so that they can be compared.
+    Rows: `worst`, the per-image minimum of the others; `no gradient`; threat model and loss; `C strong`. All but the
+    last attack every image that is right without an attack, at the same positions, so that they can be compared.
     Universal frames are learned on `known` (x, y).
     """
     sources = {"C": net}
     if isinstance(net, ABNN):
         sources = {"A": partial(net, detach=True), "B": net.twin, "C": net}
-    rows = {f"{threat} {loss}": (source, dict(loss=loss)) for threat, source in sources.items()
-            for loss in ("ce", "margin")}
-    rows["no gradient"] = (net, dict(steps=0))
+    rows = {"no gradient": (net, dict(steps=0))}
+    rows |= {f"{threat} {loss}": (source, dict(loss=loss)) for threat, source in sources.items()
+             for loss in ("ce", "margin")}
     with torch.no_grad():
         logits = torch.cat([net(data.to_float(some)).float() for some in x.split(part)])
     goals = logits.scatter(1, y[:, None], math.inf).argsort(1, descending=True)[:, 1:10].T  # likeliest wrong classes

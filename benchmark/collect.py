@@ -66,18 +66,20 @@ def measured(method):
                 for k, v in row.items()}
     columns |= {f"{k} over epochs": mean(v) for k, v in method.get("history", {}).items()
                 if k.startswith(("conflicting", "overemphasised", "sample_weight", "label_leak"))}
+    columns |= {"warnings": len(method["warnings"])} if "warnings" in method else {}  # of abnn.py: a white box failed
     return columns | method.get("test", {}) | method.get("distance", {})
 
 
 def audited(run):
-    """What benchmark/audit.py has left of the best checkpoint, on how many images, and what it warned of."""
+    """What benchmark/audit.py has left of the best checkpoint, on how many images, what the script's own attacks leave
+    of these, and what it warned of."""
     path = Path(run) / "audit.json"
     if not path.exists():
         return {}
     found = json.loads(path.read_text())
     mode = "quick" if found["quick"] else "full" if found["autoattack"] is not None else "without AutoAttack"
     return {"audit": found["worst"], "audit_mode": mode, "audit_evaluated": found["evaluated"],
-            "audit_warnings": "; ".join(found["warnings"])}
+            "audit_warnings": "; ".join(found["warnings"]), "audit_script": found.get("script_worst")}
 
 
 def rows(run, validation=False):

@@ -135,9 +135,11 @@ def audits(source):
     for name, rows in read(source).items():
         for row in rows:
             if row.get("audit"):
-                lines.append([name, row["seed"], cell([row], "worst"), row["evaluated"], cell([row], "audit"),
-                              row["audit_evaluated"], row["audit_mode"], row["audit_warnings"] or "none"])
-    return grid(["", "seed", "worst", "images", "audit", "images", "mode", "warnings"], lines)
+                lines.append([name, row["seed"], cell([row], "worst"), row["evaluated"], row["audit_evaluated"],
+                              cell([row], "audit_script"), cell([row], "audit"), row["audit_mode"],
+                              row["audit_warnings"] or "none"])
+    return grid(["", "seed", "worst", "images", "images of the audit", "worst on these", "audit", "mode", "warnings"],
+                lines)
 
 
 def steps(source):

@@ -166,6 +166,16 @@ def detour(plane):
     return path.diff().abs().sum() / (path.max() - path.min())
 
 
+def test_thresholds_bind_where_little_is_left():
+    """Of 22 % on 200 images four points and chance would be a third: a check that lets that pass checks nothing."""
+    assert tool.allowed_drift(0.8, 200) == pytest.approx(0.04 + 2 * (0.04 * 0.96 / 200) ** 0.5)
+    assert tool.allowed_drift(0.22, 200) == pytest.approx(0.022 + 2 * (0.022 * 0.978 / 200) ** 0.5)
+    assert 0 < tool.allowed_drift(0.0, 200) < 0.025
+    assert tool.overfits(clean=0.47, fgsm=0.28, pgd20=0.1) and tool.overfits(0.9, 0.8, 0.5)
+    assert not tool.overfits(clean=0.47, fgsm=0.28, pgd20=0.22)
+    assert not tool.overfits(clean=0.96, fgsm=0.13, pgd20=0.0)  # undefended
+
+
 def test_shattered_gradients_show_in_the_surface_and_over_the_steps(digits, undefended):
     fake = FAKES["shattered"][0](undefended)
     x, y = digits.x[:40], digits.y[:40]
@@ -323,6 +333,7 @@ def test_numbers_on_a_linear_network(norm):
 SCRIPT = """
 import torch
 from types import SimpleNamespace
+from afa import evaluate
 def load(run, device):
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten(), torch.nn.Linear(48, 10))
@@ -356,7 +367,9 @@ def test_command_line_writes_audit_json(command_line, tmp_path, capsys):
     assert result["script"] == "scriptofatest" and result["evaluated"] == 30
     assert result["eps"] == pytest.approx(1 / 255)
     assert "same weights 0, ce" in result["attacks"] and "transfer" in result["attacks"]
-    assert capsys.readouterr().out.rstrip().endswith(result["verdict"])
+    output = capsys.readouterr().out
+    assert f"the script's own attacks leave {result['script_worst']:.3f}" in output
+    assert result["worst"] <= result["script_worst"] + 0.1 and output.rstrip().endswith(result["verdict"])
     assert not list(tmp_path.glob("*.tmp"))
     torch.save({"script": "scriptofatest"}, tmp_path / "last.pt")
     command_line(tmp_path / "last.pt", "--quick", "--n", 10, "--no-autoattack")

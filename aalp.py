@@ -57,7 +57,7 @@ class Args:
     epochs: int | None = None  # passes over the training images
     batch_size: int = 128  # images a step
     lr: float | None = None  # peak learning rate of SGD with Nesterov momentum 0.9
-    milestones: tuple[int, ...] | None = None  # epochs after which lr is divided by 10; none: one cycle
+    milestones: tuple[int, ...] | None = None  # epochs after which lr falls to a tenth, as 75 90; none: one cycle
     weight_decay: float = 5e-4  # L2 penalty on all weights
     # --- Threat model
     eps: data.Pixels = 8 / 255  # radius of the attacks. 0: undefended network
@@ -339,10 +339,10 @@ if __name__ == "__main__":
     distributed.start()  # with torchrun: one process for each GPU
     args = tyro.cli(Args, description=__doc__)
     run, run_dir = data.named_run(args)
-    data.on_interrupt(SCRIPT, None if args.eval_only else run_dir)
+    data.on_interrupt(None if args.eval_only else run_dir)
     if run:
         net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
-        args = tyro.cli(Args, description=__doc__, default=own)
+        args = tyro.cli(Args, description=__doc__, default=own)  # once more: what was given, over the run's own
         data.check_same(args, own, state)
     if args.control_of and not run:
         if args.pairing_weight is not None or args.method == "at":
@@ -391,7 +391,7 @@ if __name__ == "__main__":
     if not run:
         data.write_arguments(run_dir, args, info, preset, writer)
         checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
-        data.on_interrupt(SCRIPT, run_dir)
+        data.on_interrupt(run_dir)
     print(f"{run_dir}: {sum(p.numel() for p in net.parameters()):,} parameters, {info['device']}, images to train, "
           f"validate and test: {len(d.train.y)}, {len(y_val)}, {len(y_test)}; preset: "
           + ", ".join(f"{k} {v}" for k, v in preset.items()), flush=True)
@@ -504,7 +504,8 @@ if __name__ == "__main__":
     history, curve, tested = progress["history"], method["curves"]["model"], method["test"]
     means = history.get("sample_weight", [])
     method |= {"history": history, "mean_pairing_weight": args.pairing_weight * sum(means) / max(len(means), 1)}
-    data.save(run_dir / ("eval.json" if args.eval_only else "results.json"), {
+    written = run_dir / ("eval.json" if args.eval_only else "results.json")
+    data.save(written, {
         **info, "eps": eps_test, "evaluated": len(y_test), "train_seconds": progress["train_seconds"],
         "images_per_second": images / max(progress["train_seconds"], 1e-9),
         "peak_memory_gb": data.peak_memory(device), "checkpoints": table, "robustness_curve": curve, "method": method})
@@ -520,5 +521,5 @@ if __name__ == "__main__":
     points = [(f"test/{name}_{k}", v, end) for name, row in table.items() for k, v in row.items()]
     points += [("robustness_curve/model", v, float(k)) for k, v in curve.items()]
     data.write_points(writer, points)
-    print(f"written to {run_dir}; look at it with: tensorboard --logdir {run_dir.parent}")
+    print(f"written to {written}" + f"; look at it with: tensorboard --logdir {run_dir.parent}" * (not args.eval_only))
     distributed.finish()

@@ -74,7 +74,7 @@ class Args:
     epochs: int | None = None  # passes over the training data
     batch_size: int | None = None  # images or clips a step
     lr: float | None = None  # peak learning rate of SGD with Nesterov momentum 0.9; the maps M have a tenth
-    milestones: tuple[int, ...] | None = None  # epochs after which lr is divided by 10; none: one cycle
+    milestones: tuple[int, ...] | None = None  # epochs after which lr falls to a tenth, as 75 90; none: one cycle
     weight_decay: float | None = None  # L2 penalty on all weights
     # --- Threat model
     eps: data.Pixels | None = None  # radius of PGD, in adversarial training and in the test
@@ -685,10 +685,10 @@ if __name__ == "__main__":
     distributed.start()  # with torchrun: one process for each GPU
     args = tyro.cli(Args, description=__doc__)
     run, run_dir = data.named_run(args)
-    data.on_interrupt(SCRIPT, None if args.eval_only else run_dir)
+    data.on_interrupt(None if args.eval_only else run_dir)
     if run:
         net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
-        args = tyro.cli(Args, description=__doc__, default=own)
+        args = tyro.cli(Args, description=__doc__, default=own)  # once more: what was given, over the run's own
         data.check_same(args, own, state, free_in_test=["attack_strength"])
     given, video = args, args.dataset in data.VIDEO
     unused = ["frames", "split"] * (not video)
@@ -750,7 +750,7 @@ if __name__ == "__main__":
     if not run:
         data.write_arguments(run_dir, args, info, preset, writer)
         checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
-        data.on_interrupt(SCRIPT, run_dir)
+        data.on_interrupt(run_dir)
     what = "clips" if video else "images"
     print(f"{run_dir}: {sum(p.numel() for p in net.parameters() if p.requires_grad):,} parameters to train, "
           f"{info['device']}, {what} to train, validate and test: {len(d.train.y)}, {len(y_val)}, {len(y_test)}; "
@@ -823,7 +823,8 @@ if __name__ == "__main__":
     images = progress["epoch"] * steps * min(args.batch_size, len(d.train.y))
     method = {"threats": threats, "warnings": warnings, "verdict": verdict(threats, len(d.classes)), "curves": curves,
               "history": progress["history"], "sizes": sizes(args)}
-    data.save(run_dir / ("eval.json" if args.eval_only else "results.json"), {
+    written = run_dir / ("eval.json" if args.eval_only else "results.json")
+    data.save(written, {
         **info, "eps": eps_test, "evaluated": len(y_test), "train_seconds": progress["train_seconds"],
         "images_per_second": images / max(progress["train_seconds"], 1e-9),
         "peak_memory_gb": data.peak_memory(device), "checkpoints": table, "robustness_curve": curves["model"],
@@ -839,5 +840,5 @@ if __name__ == "__main__":
               for k, v in row.items()]
     points += [(f"robustness_curve/{name}", v, float(k)) for name, row in curves.items() for k, v in row.items()]
     data.write_points(writer, points)
-    print(f"written to {run_dir}; look at it with: tensorboard --logdir {run_dir.parent}")
+    print(f"written to {written}" + f"; look at it with: tensorboard --logdir {run_dir.parent}" * (not args.eval_only))
     distributed.finish()

@@ -55,7 +55,7 @@ class Args:
     epochs: int | None = None  # epochs of adversarial training, stage 1
     batch_size: int = 128  # images a step
     lr: float | None = None  # peak learning rate of SGD with Nesterov momentum 0.9
-    milestones: tuple[int, ...] | None = None  # epochs after which lr is divided by 10; none: one cycle
+    milestones: tuple[int, ...] | None = None  # epochs after which lr falls to a tenth, as 75 90; none: one cycle
     weight_decay: float = 5e-4  # L2 penalty on all weights
     # --- Threat model
     eps: data.Pixels = 8 / 255  # radius of the attacks; to AFA the largest strength. 0: undefended network
@@ -355,13 +355,14 @@ if __name__ == "__main__":
     distributed.start()  # with torchrun: one process for each GPU
     args = tyro.cli(Args, description=__doc__)
     run, run_dir = data.named_run(args)
-    data.on_interrupt(SCRIPT, None if args.eval_only else run_dir)
+    data.on_interrupt(None if args.eval_only else run_dir)
     if run:
         net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
-        args = tyro.cli(Args, description=__doc__, default=own)
+        args = tyro.cli(Args, description=__doc__, default=own)  # once more: what was given, over the run's own
         data.check_same(args, own, state)
-    if args.bn == "single" and not run:
-        data.refuse_unused(args, "fusion", "gate", "gate_lr", "harden", "finetune")
+    if not run and (args.bn == "single" or args.fusion != "learned"):
+        data.refuse_unused(args, *["fusion"] * (args.bn == "single"), "gate", "gate_epochs", "gate_lr", "harden",
+                           "finetune")
     preset = {k: v for k, v in PRESETS[args.dataset][args.preset].items() if getattr(args, k) is None}
     args = replace(args, **preset)
     learned = args.bn == "dual" and args.fusion == "learned"
@@ -410,7 +411,7 @@ if __name__ == "__main__":
     if not run:
         data.write_arguments(run_dir, args, info, preset, writer)
         checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
-        data.on_interrupt(SCRIPT, run_dir)
+        data.on_interrupt(run_dir)
     print(f"{run_dir}: {sum(p.numel() for p in net.parameters()):,} parameters, {info['device']}, images to train, "
           f"validate and test: {len(d.train.y)}, {len(y_val)}, {len(y_test)}; preset: "
           + ", ".join(f"{k} {v}" for k, v in preset.items()), flush=True)
@@ -524,7 +525,8 @@ if __name__ == "__main__":
     progress = {k: state[k] for k in progress}  # of the last checkpoint: with --eval-only too
     images = progress["epoch"] * steps * min(args.batch_size, len(d.train.y))
     curves = method["curves"]
-    data.save(run_dir / ("eval.json" if args.eval_only else "results.json"), {
+    written = run_dir / ("eval.json" if args.eval_only else "results.json")
+    data.save(written, {
         **info, "eps": eps_test, "evaluated": len(y_test), "train_seconds": progress["train_seconds"],
         "images_per_second": images / max(progress["train_seconds"], 1e-9),
         "peak_memory_gb": data.peak_memory(device), "checkpoints": table, "robustness_curve": curves["model"],
@@ -544,5 +546,5 @@ if __name__ == "__main__":
                 for what, shift in zip(("mean", "log_sd"), statistic["shift"][layer]):
                     points.append((f"afa/shift_{what}/{name}_layer{layer}", shift[i], 255 * e))
     data.write_points(writer, points)
-    print(f"written to {run_dir}; look at it with: tensorboard --logdir {run_dir.parent}")
+    print(f"written to {written}" + f"; look at it with: tensorboard --logdir {run_dir.parent}" * (not args.eval_only))
     distributed.finish()

@@ -38,7 +38,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from common import data  # noqa: E402
-from common.pgd import LOSSES, margin, pgd, survivors  # noqa: E402
+from common.pgd import LOSSES, check_images, margin, module_of, pgd, survivors  # noqa: E402
 
 CHECKS = {  # and what it means when one does not pass
     "falls with eps": "accuracy that rises with eps, or is left at an eps of 0.5: the attack fails",
@@ -77,7 +77,7 @@ def train_surrogate(x, y, classes, steps, seed=0, batch_size=128, width=32):
     """The undefended network to transfer attacks from: four convolutions, trained plainly on (x, y)."""
     with torch.random.fork_rng([x.device] if x.is_cuda else []):
         torch.manual_seed(seed)
-        layers, channels = [], 3
+        layers, channels = [], x.shape[1]
         for stride, out in ((2, width), (1, width), (2, 2 * width), (2, 2 * width)):
             layers += [nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
             channels = out
@@ -234,7 +234,7 @@ def audit(net, x, y, eps=8 / 255, norm="linf", *, quick=False, train=None, surro
     """Attack `net` in every way known here, and check that the attacks worked.
 
     Args:
-        net: an nn.Module that maps images (N, 3, H, W) in [0, 1] to logits. It is left as it was.
+        net: an nn.Module that maps images (N, C, H, W) in [0, 1] to logits. It is left as it was.
         x, y: images, floats in [0, 1], and their labels (N,).
         eps, norm: radius of the ball in pixels; "linf" or "l2".
         quick: fewer steps, restarts, targets and queries, and no FAB: a first look, not a result.
@@ -252,7 +252,8 @@ def audit(net, x, y, eps=8 / 255, norm="linf", *, quick=False, train=None, surro
         so many steps, for both losses. `surface`: `loss_surface` of the images at these indices.
     """
     effort, device, n, began = QUICK if quick else FULL, x.device, len(x), time.time()
-    module = net.func if isinstance(net, partial) else net
+    module = module_of(net)
+    check_images(x, eps, norm)
     buffers = [(b, b.clone()) for b in module.buffers()]
     trainable = [p for p in module.parameters() if p.requires_grad]
     for p in trainable:  # no attack needs the gradients of the weights
@@ -449,7 +450,7 @@ def audit(net, x, y, eps=8 / 255, norm="linf", *, quick=False, train=None, surro
         check("logits in range", share(lead > 87) <= USELESS and share(lead > 17) <= 0.5,
               confidence_is_1=share(lead > 17), others_are_0=share(lead > 87))  # fmt: skip
         check("deterministic", not randomised, largest_difference=jitter, largest_logit=scale)
-        k, mode = min(n, 32), "training: call .eval()" if training else "eval"
+        k, mode = min(n, 32), "training: call .eval(), of a wrapper too" if training else "eval"
         try:  # alone, and among others
             company = logits_of(net, torch.cat([1 - x[:k], x[:k]]), 2 * k)[k:]
             alone = logits_of(net, x[:k], 1)
@@ -563,6 +564,8 @@ def main():
         x_train = data.centre_clips(x_train, args.frames, x.shape[2])
         net, x, x_train = OfClips(net, args.frames).eval(), x.flatten(1, 2), x_train.flatten(1, 2)
     x = data.to_float(x)
+    if a.norm not in (None, args.norm) and eps is None:
+        raise data.UserError(f"--norm {a.norm} is not the run's own, and needs an --eps: in l2 128/255 is customary")
     eps, norm = eps or args.eps or 8 / 255, a.norm or args.norm
     others = getattr(script, "frozen_weights", lambda *_: [])(net, args)
     print(f"{run}: {script.__name__} on {d.name}, first {len(y)} of {len(d.test.y)} test images, {norm} "

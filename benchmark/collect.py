@@ -120,14 +120,28 @@ def read(path):
     """The rows of a csv by their key, each {column: text}; none where there is no file."""
     if not Path(path).exists():
         return {}
-    with open(path, newline="") as f:
-        return {key(row): row for row in csv.DictReader(f)}
+    try:
+        with open(path, newline="") as f:
+            return {key(row): row for row in csv.DictReader(f)}
+    except (OSError, KeyError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a csv of results ({type(error).__name__}: {error}): it comes first, then the "
+                        "folders of runs") from None  # fmt: skip
 
 
 def collect(out, runs, validation=False):
     """Add the rows of the runs' folders to the csv. Returns all its rows."""
-    known = read(out)
-    known |= {key(row): row for run in runs for row in rows(run, validation)}
+    known, new = read(out), {}
+    if not Path(out).absolute().parent.is_dir():
+        raise UserError(f"there is no folder {Path(out).parent} for {out}")
+    for run in runs:
+        if not Path(run).is_dir():
+            raise UserError(f"{run} is no folder of a run")
+        found = {key(row): row for row in rows(run, validation)}
+        if twice := [new[k] for k in found if k in new]:
+            print(f"warning: {run} has the script, data, flags and seed of {twice[0]}, and takes its place: give a "
+                  "variant a flag or a file of its own", file=sys.stderr)  # fmt: skip
+        new |= dict.fromkeys(found, run)
+        known |= found
     table = [known[k] for k in sorted(known)]
     if not table:
         raise UserError("no runs: name their folders")

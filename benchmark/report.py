@@ -26,6 +26,7 @@ import csv
 import json
 import re
 from collections import defaultdict
+from operator import itemgetter
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -86,15 +87,18 @@ def read(source):
     rows = csv.DictReader(path.read_text().splitlines() if path.exists() else ())
     rows = [row for row in rows if row["dataset"].removesuffix("-unofficial") == dataset
             and bool(reduced) == ("--train-size" in row["setting"])]
-    last = {(row["setting"], row["dataset"], row["seed"]): row for row in rows if row["checkpoint"] == "last"}
+    run = itemgetter("setting", "dataset", "script", "seed")
+    last = {run(row): row for row in rows if row["checkpoint"] == "last"}
     for row in rows:
         if row["checkpoint"] == "best":
-            end = last.get((row["setting"], row["dataset"], row["seed"]), {})
+            end = last.get(run(row), {})
             row |= {f"last {column}": end.get(column) for column in ("worst", "clean")}
-            groups[row["setting"], row["dataset"]].append(row)
-    names, order = [name_of(script, setting) for setting, _ in groups], [*NAMES.get(script, {}).values()]
+            groups[row["setting"], row["dataset"], row["script"]].append(row)
+    # A csv of one's own may have several scripts: never a mean over them.
+    names = [f"{own}: " * (len({k[2] for k in groups}) > 1) + name_of(script, setting) for setting, _, own in groups]
+    order = [*NAMES.get(script, {}).values()]
     result = {}
-    for name, ((setting, actual), rows) in sorted(
+    for name, ((setting, actual, _), rows) in sorted(
             zip(names, groups.items()), key=lambda item: order.index(item[0]) if item[0] in order else len(order)):
         # Two settings of one name are two rows: never a mean over both.
         name = name if names.count(name) == 1 else f"{name} ({setting})"
@@ -243,7 +247,15 @@ def documents():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing")
-    check, stale = parser.parse_args().check, []
+    parser.add_argument("--show", metavar="MARKER", help='print one table and end, as "table: afa digits"')
+    args, stale = parser.parse_args(), []
+    if args.show:
+        kind, _, source = args.show.partition(": ")
+        if kind not in KINDS or not source:
+            parser.error(f"--show takes a kind and a source, as \"table: afa digits\"; kinds: {', '.join(KINDS)}")
+        print(render(kind, source).strip())
+        raise SystemExit(0)
+    check = args.check
     for path in documents():
         before = path.read_text()
         if (after := rewrite(before)) != before:

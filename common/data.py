@@ -164,6 +164,10 @@ def check(args, **own):
     if args.eps and getattr(args, "defense", "at") == "at" and args.eps_warmup_epochs >= args.epochs:
         print(f"warning: eps rises for {args.eps_warmup_epochs:g} epochs, and training ends after {args.epochs}: see "
               "--eps-warmup-epochs")  # fmt: skip
+    if args.norm == "l2" and 0 < args.eps < 0.1:
+        print(f"warning: {args.eps:.3g} is a tiny radius in the L2 norm, where 128/255 is customary: see --eps")
+    if args.milestones and min(args.milestones) < 1:
+        raise UserError(f"--milestones are epochs from 1 on, not {min(args.milestones)}")
     if args.milestones and max(args.milestones) >= args.epochs:
         print(f"warning: the milestone {max(args.milestones)} is not reached in {args.epochs} epochs: see --milestones")
 
@@ -248,7 +252,7 @@ def check_same(args, own, state, free_in_test=()):
     free += ["eps", "norm", "test_size", *free_in_test] if args.eval_only else []
     run, processes = args.eval_only or args.resume, state.get("processes", 1)  # a run may have been resumed itself
     if changed := [k for k, v in vars(own).items() if k not in free and getattr(args, k) != v]:
-        raise UserError(f"{run} had another value of {', '.join(changed)}: leave it out")
+        raise UserError(f"{run} had another value of {', '.join(changed)}: leave it out, or start a new run")
     best = Path(run) / "best.pt" if Path(run).is_dir() else Path(run).with_name("best.pt")
     if not args.eval_only and state.get("best", -1) > -1 and not best.exists():
         raise UserError(f"{best} is missing: it is the best of the epochs so far, copy it from where last.pt was")
@@ -257,13 +261,14 @@ def check_same(args, own, state, free_in_test=()):
                         f"{distributed.world()}: resume it with {distributed.launcher(processes)}")  # fmt: skip
 
 
-def on_interrupt(script, run_dir=None):
+def on_interrupt(run_dir=None):
     """From here on Ctrl-C (status 130) and a disk that TensorBoard finds full (status 1) end the program with a line
     that says how to go on: with the run in `run_dir`, once it has a checkpoint."""
 
     def how_to_go_on():
         if run_dir and (run_dir / "last.pt").exists():
-            return f"to continue after the last finished epoch: {distributed.launcher()} {script}.py --resume {run_dir}"
+            again = f"{distributed.launcher()} {shlex.join([sys.argv[0], '--resume', str(run_dir)])}"
+            return f"to continue after the last finished epoch: {again}"
         return "there is nothing to continue: start it again"
 
     def interrupted(*_):
@@ -362,6 +367,10 @@ def load(name, data_dir="data", device="cpu", train_size=None, val_size=1000, te
         raise UserError(f"unknown data set {name!r}: choose one of {', '.join(READERS)}")
     with distributed.first_alone():  # a reader may download and decode
         (x, y), (x_test, y_test), classes, official = READERS[name](Path(data_dir), **options)
+    for images, labels in ((x, y), (x_test, y_test)):  # of a reader of your own
+        if getattr(images, "dtype", None) != np.uint8 or images.ndim < 4 or images.shape[-1] != 3 \
+                or getattr(labels, "dtype", None) != np.int64 or labels.shape != images.shape[:1]:
+            raise UserError(f"{name}: a reader returns numpy arrays, images (N, H, W, 3) uint8 and labels (N,) int64")
     for part, labels in (("train", y), ("test", y_test)):
         if len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
             raise UserError(f"{name}: a label of the {part} split is not in 0..{len(classes) - 1}: files are damaged")
@@ -573,6 +582,7 @@ def _download(what, data_dir, name, archive, fetch):
     """Let fetch(folder) make `name` in a folder of its own, then rename it into data_dir: what is there is complete,
     whether a run is killed or several download at a time. An archive that lies there already is used.
     """
+    there = data_dir.exists()
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="download-", dir=data_dir) as folder:
@@ -585,8 +595,12 @@ def _download(what, data_dir, name, archive, fetch):
                 if not (data_dir / name).is_dir():  # unless another run was first
                     raise
     except Exception as error:  # network, disk and checksum errors have no common base class here
-        raise UserError(f"{what} is not in {data_dir} and its download failed ({type(error).__name__}: {error}); "
-                        "put the files there yourself or name their folder with --data-dir") from None  # fmt: skip
+        with suppress(OSError):
+            if not there:
+                data_dir.rmdir()  # of a mistyped path nothing stays
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{what} is not in {data_dir.resolve()} and its download failed ({reason}); put "
+                        "the files there yourself or name their folder with --data-dir") from None  # fmt: skip
 
 
 def _read_cifar(data_dir, dataset, label_key, names_key):

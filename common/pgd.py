@@ -14,6 +14,7 @@ Images live in [0,1], going in and coming out. Input normalisation belongs insid
 pixels, and no attack can clip in the wrong space.
 """
 
+import math
 from functools import partial
 
 import torch
@@ -62,6 +63,31 @@ def _per_sample(value, x):
     return value if value.ndim == 0 else value.view(-1, *[1] * (x.ndim - 1))
 
 
+def check_images(x, eps, norm="linf"):
+    """Raise ValueError for images that are not in [0, 1] and for an eps that is no radius in pixels; uint8 is fine.
+
+    Normalised images would be cut off at 0 and 1 without a word, and the result would look like robustness.
+    """
+    if x.is_floating_point() and len(x) and not (x.min() >= 0 and x.max() <= 1):  # written so, it refuses nan too
+        raise ValueError(f"images must be in [0, 1], not in [{x.min():g}, {x.max():g}]: put the normalisation into the "
+                         "network, as in nn.Sequential(Normalize(mean, std), network).eval()")  # fmt: skip
+    _check_eps(float(torch.as_tensor(eps).max()), norm)
+
+
+def _check_eps(eps, norm):
+    if not 0 <= eps <= (1 if norm == "linf" else math.inf):
+        raise ValueError(f"eps is a radius in pixels, not {eps:g}: did you mean {abs(eps):g}/255?")
+
+
+def module_of(model):
+    """The nn.Module behind `model`. Raises ValueError where there is none: its modes and parameters matter here."""
+    module = model.func if isinstance(model, partial) else model
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"the model must be an nn.Module or a functools.partial of one, not {type(model).__name__}: "
+                         "as in nn.Sequential(Normalize(mean, std), network).eval()")  # fmt: skip
+    return module
+
+
 def _l2(v):
     """Euclidean norm of each sample, in a shape that broadcasts over v; never zero, so that one may divide by it."""
     return v.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, *[1] * (v.ndim - 1))
@@ -106,20 +132,24 @@ def pgd(model, x, y, *, eps, step_size, steps, norm="linf", loss="ce", random_st
 
     Worst means: fooled before not fooled, then by the loss. Parameters are frozen during the attack and restored to
     what they were. Modes, `.grad` and the arguments are left alone. Raises ValueError for bad arguments, for a model in
-    training mode, and for a model without a gradient from its output to its input.
+    training mode, and for a model without a gradient from its output to its input. To look whether x is in [0, 1] would
+    stall a GPU: `check_images` does.
     """
-    module = model.func if isinstance(model, partial) else model
+    module = module_of(model)
     if norm not in ("linf", "l2"):
         raise ValueError(f"norm must be 'linf' or 'l2', not {norm!r}")
     if not callable(loss) and loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)} or a function, not {loss!r}")
+    if isinstance(eps, (int, float)):
+        _check_eps(eps, norm)
     if steps < 0 or restarts < 1:
         raise ValueError(f"steps must not be negative and restarts at least 1, not {steps} and {restarts}")
     if x.dtype not in (torch.float32, torch.float64):
         # A bf16 image cannot hold x + delta: rounding alone leaves the ball by 2.8e-3. Autocast the network instead.
         raise ValueError(f"x must be float32 or float64 in [0, 1], not {x.dtype}")
     if not allow_train_mode and any(m.training for m in module.modules()):
-        raise ValueError("the model is in training mode: call .eval() before an attack, or pass allow_train_mode=True")
+        raise ValueError("the model is in training mode: call .eval() before an attack (of a wrapper too: a new one "
+                         "begins in training mode), or pass allow_train_mode=True")  # fmt: skip
     loss_fn = loss if callable(loss) else LOSSES[loss]
     sign = -1.0 if targeted else 1.0
     x, y, eps, step_size = x.detach(), y.detach(), _per_sample(eps, x), _per_sample(step_size, x)
@@ -201,6 +231,7 @@ def survivors(model, x, y, alive=None, *, eps, steps, step_size=None, relative_s
     Several processes must call this together. Each attacks its share, with the noise that one process would give it,
     and all return the whole mask.
     """
+    check_images(x, eps, settings.get("norm", "linf"))
     eps = torch.as_tensor(eps, dtype=to_float(x[:1]).dtype, device=x.device).expand(len(x))
     step_size = relative_step * eps if step_size is None else step_size
     step_size = torch.as_tensor(step_size, dtype=eps.dtype, device=x.device).expand(len(x))
@@ -208,8 +239,8 @@ def survivors(model, x, y, alive=None, *, eps, steps, step_size=None, relative_s
     generator = torch.Generator(x.device).manual_seed(seed)
     source = model if source is None else source  # an empty nn.Sequential is false
     random_start = settings.pop("random_start", steps > 0)  # no steps means no attack, not one with noise
-    if any(m.training for m in (model.func if isinstance(model, partial) else model).modules()):
-        raise ValueError("the model is in training mode: call .eval() before an attack")  # pgd looks at the source only
+    if any(m.training for m in module_of(model).modules()):  # pgd looks at the source only
+        raise ValueError("the model is in training mode: call .eval() before an attack (of a wrapper too)")
     goals = [None]
     if targets:
         with torch.no_grad():
@@ -246,7 +277,8 @@ def robustness_curve(model, x, y, eps, norm="linf", batch_size=500):
     """
     clean, curve = survivors(model, x, y, eps=0, steps=0, batch_size=batch_size), {}
     for e in (eps * f for f in (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 3 / 2, 2, 8)):  # of 8/255: 0 1 2 4 6 8 12 16 64
-        alive = survivors(model, x, y, clean, eps=e, steps=20, norm=norm, batch_size=batch_size) if e else clean
+        radius = min(e, 1.0) if norm == "linf" else e  # which is all images
+        alive = survivors(model, x, y, clean, eps=radius, steps=20, norm=norm, batch_size=batch_size) if e else clean
         curve[f"{255 * e:.4g}"] = alive.sum().item() / len(y)
     return curve
 
@@ -338,7 +370,7 @@ class _Pasted(nn.Module):
     def __init__(self, model, x, mask):
         super().__init__()
         self.model, self.x, self.mask = model, x, mask
-        self.net = model.func if isinstance(model, partial) else model  # pgd looks at its parameters and modes
+        self.net = module_of(model)  # pgd looks at its parameters and modes
         self.training = False
 
     def forward(self, pasted):

@@ -166,6 +166,27 @@ def detour(plane):
     return path.diff().abs().sum() / (path.max() - path.min())
 
 
+@pytest.mark.parametrize("x, eps, message", [
+    (torch.rand(4, 1, 8, 8) * 2 - 1, EPS, "the normalisation into the network"),
+    (torch.rand(4, 1, 8, 8), 8, "did you mean 8/255"),
+])
+def test_what_would_look_like_robustness_is_refused(x, eps, message):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval()
+    y = torch.zeros(4, dtype=torch.long)
+    with pytest.raises(ValueError, match=message):
+        audit(net, x, y, eps, quick=True)
+    with pytest.raises(ValueError, match="must be an nn.Module"):
+        audit(lambda x: net(x), x, y, EPS, quick=True)
+
+
+def test_grey_images_with_a_surrogate(monkeypatch):
+    monkeypatch.setitem(tool.QUICK, "surrogate_steps", 3)
+    x, y = torch.rand(4, 1, 16, 16), torch.tensor([0, 1, 2, 0])
+    net = nn.Sequential(nn.Flatten(), nn.Linear(256, 3)).eval()
+    result = audit(net, x, y, EPS, quick=True, train=(x, y), use_autoattack=False, log=lambda line: None)
+    assert "transfer" in result["attacks"]
+
+
 def test_thresholds_bind_where_little_is_left():
     """Of 22 % on 200 images four points and chance would be a third: a check that lets that pass checks nothing."""
     assert tool.allowed_drift(0.8, 200) == pytest.approx(0.04 + 2 * (0.04 * 0.96 / 200) ** 0.5)
@@ -384,6 +405,7 @@ def test_command_line_writes_audit_json(command_line, tmp_path, capsys):
     (["{tmp}/good.pt", "--eps", "8"], "--eps 8 is outside (0, 1], the range of a pixel: did you mean 8/255?"),
     (["{tmp}/good.pt", "--eps=-1/255"], "--eps -1/255 is outside (0, 1], the range of a pixel"),
     (["{tmp}/good.pt", "--eps", "1/0"], "--eps 1/0 is not a number such as 8/255"),
+    (["{tmp}/good.pt", "--norm", "l2"], "--norm l2 is not the run's own, and needs an --eps"),
     (["{tmp}/good.pt", "--n", "0"], "--batch-size and --n must be at least 1"),
     (["{tmp}/good.pt", "--device", "abacus"], "--device abacus cannot be used: "),
 ])  # fmt: skip

@@ -19,6 +19,7 @@ import aalp
 import abnn
 from benchmark import run
 from benchmark.collect import collect, measured, read, setting
+from common import data
 
 RESULTS = sorted((ROOT / "results").glob("*.csv"))
 
@@ -86,6 +87,28 @@ def test_controls_of_all_seeds_are_one_setting_without_the_folders_of_the_machin
     assert {(r["dataset"], r["setting"], r["targeted"]) for r in rows} == {("digits", "--control-of RUN", "0.3")}
     assert {(r["seed"], r["worst"]) for r in rows} == {("1", "0.1"), ("2", "0.2"), ("3", str(0.1 * 3))}
     assert rows[0]["command"] == "python aalp.py --control-of RUN --seed 1"
+
+
+def test_a_run_that_takes_the_place_of_another_is_said(tmp_path, capsys):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "args.json").write_text(json.dumps({"command": "python afa.py"} | info()))
+        (tmp_path / name / "results.json").write_text(json.dumps(results(1, "python afa.py")))
+    for _again in range(2):
+        assert len(collect(tmp_path / "out.csv", [tmp_path / "a"])) == 2
+    assert capsys.readouterr().err == ""
+    collect(tmp_path / "out.csv", [tmp_path / "a", tmp_path / "b"])
+    assert f"{tmp_path / 'b'} has the script, data, flags and seed of {tmp_path / 'a'}" in capsys.readouterr().err
+
+
+def test_slips_are_one_line(tmp_path):
+    (tmp_path / "foreign.csv").write_text("a,b\n1,2\n")
+    for out, runs, message in ((tmp_path / "no" / "x.csv", [tmp_path], "there is no folder"),
+                               (tmp_path, [tmp_path], "is not a csv of results"),
+                               (tmp_path / "foreign.csv", [tmp_path], "is not a csv of results"),
+                               (tmp_path / "x.csv", ["/nope"], "/nope is no folder of a run")):
+        with pytest.raises(data.UserError, match=message):
+            collect(out, runs)
 
 
 def test_what_the_claims_rest_on_becomes_columns():

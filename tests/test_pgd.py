@@ -644,12 +644,34 @@ def test_refuses_images_that_cannot_hold_a_perturbation(net, xy, dtype):
     (dict(loss=None), "loss must be one of"),
     (dict(steps=-1), "steps must not be negative"),
     (dict(restarts=0), "restarts at least 1"),
+    (dict(eps=8), "did you mean 8/255"),
+    (dict(eps=-1 / 255), "eps is a radius in pixels"),
     (dict(eps=torch.rand(31)), r"one value per sample.*\(31,\)"),
     (dict(step_size=torch.rand(32, 1)), r"one value per sample.*\(32, 1\)"),
 ])  # fmt: skip
 def test_refuses_bad_arguments(net, xy, settings, message):
     with pytest.raises(ValueError, match=message):
         pgd(net, *xy, **dict(eps=EPS, step_size=EPS, steps=1) | settings)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda x: 2 * x - 1, r"images must be in \[0, 1\].*put the normalisation into the network"),
+    (lambda x: 255 * x, r"images must be in \[0, 1\]"),
+    (lambda x: x.masked_fill(x > 0.5, float("nan")), r"images must be in \[0, 1\]"),
+])
+def test_survivors_refuse_images_outside_the_box(net, xy, change, message):
+    survivors(net, xy[0][:0], xy[1][:0], eps=EPS, steps=1)  # none is fine
+    with pytest.raises(ValueError, match=message):
+        survivors(net, change(xy[0]), xy[1], eps=EPS, steps=1)
+
+
+def test_refuses_an_eps_of_grey_levels_and_what_is_no_module(net, xy):
+    with pytest.raises(ValueError, match="did you mean 8/255"):
+        survivors(net, *xy, eps=8, steps=1)
+    survivors(net, *xy, eps=2.0, steps=1, norm="l2")
+    for attack in (pgd, survivors):
+        with pytest.raises(ValueError, match="must be an nn.Module or a functools.partial of one, not function"):
+            attack(lambda x: net(x), *xy, eps=EPS, step_size=EPS, steps=1)
 
 
 class Blocked(nn.Module):

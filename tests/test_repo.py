@@ -84,7 +84,7 @@ def test_every_command_in_the_documents_parses(script, arguments):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_flag_in_the_documents_exists(document):
-    known = {"--logdir", "--nproc-per-node", "--standalone"}
+    known = {"--logdir", "--nproc-per-node", "--standalone", "--show"}
     for path in [*SCRIPTS, *(ROOT / "benchmark").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):

@@ -112,6 +112,14 @@ def test_two_settings_of_one_name_are_never_averaged(made_up):
     assert [row.split(" | ")[2:] for row in rows] == [["1", "10.0 |"], ["1", "30.0 |"]]
 
 
+def test_scripts_in_one_csv_are_never_averaged(made_up, capsys):
+    found = (("afa", 0.1), ("mine", 0.3), ("mine", 0.5))
+    made_up("mine", [dict(script=script, setting="default", worst=worst) for script, worst in found])
+    rows = [line.split(" | ")[:4] for line in report.table("mine digits").splitlines()[2:]]
+    assert sorted((row[0], row[2], row[3]) for row in rows) == [
+        ("| afa: default", "1", "10.0 |"), ("| mine: default", "2", "40.0 ± 14.1 |")]
+
+
 def test_audits_have_a_row_for_each_run_that_was_audited(made_up):
     seen = dict(audit=0.1, audit_mode="quick", audit_evaluated=200, audit_warnings="losses agree", audit_script=0.12)
     made_up("afa", [dict(setting="default", worst=0.2, evaluated=500, seed=1, **seen),

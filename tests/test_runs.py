@@ -10,10 +10,12 @@ import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from PIL import Image
 from running import (
     epochs_done,
     finished,
@@ -28,6 +30,7 @@ from running import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import afa
+from benchmark import audit
 from common import data
 from common import pgd as pgd_module
 from common.pgd import pgd
@@ -104,7 +107,7 @@ def test_same_seed_same_weights_another_seed_others(runs):
 
 def test_single_batchnorm_training_is_a_plain_pgd_loop_bit_for_bit(runs):
     """Against a loop written for this test, without validation: neither the frame nor validating changes training."""
-    run, _ = finished_in_process(TINY + " --bn single", runs)
+    run, _ = finished_in_process(TINY.replace("--gate-epochs 1", "--bn single"), runs)
     args = afa.load(run, name="last.pt")[1]
     d = data.load("digits", train_size=600, val_size=100)
     torch.manual_seed(1)
@@ -152,7 +155,8 @@ def test_ctrl_c_says_how_to_continue(runs):
     run = wait_for(runs, known, lambda r: epochs_done(r) >= 0, process)
     process.send_signal(signal.SIGINT)
     output = process.communicate()[0]
-    assert process.returncode == 130 and f"python afa.py --resume {run}" in output and "Traceback" not in output
+    assert process.returncode == 130 and "Traceback" not in output
+    assert f"python {ROOT / 'afa.py'} --resume {run}" in output
     net, _, state = afa.load(run, name="last.pt")
     assert state["epoch"] >= 0 and not net.training
 
@@ -244,7 +248,7 @@ def test_full_disk_is_one_line_and_keeps_what_was_there(tiny, runs, tmp_path):
 
 
 def test_a_full_disk_under_tensorboard_is_one_line_that_says_how_to_go_on(runs, tmp_path):
-    run = finished_in_process(TINY.replace("--epochs 2", "--epochs 1") + " --fusion 1", runs)[0]
+    run = finished_in_process(TINY.replace("--epochs 2 --gate-epochs 1", "--epochs 1 --fusion 1"), runs)[0]
     state = torch.load(run / "last.pt", weights_only=True)
     torch.save(state | {"epoch": 0, "best": -1.0}, run / "last.pt")  # as if it had died in its only epoch
     before = (run / "last.pt").read_bytes()
@@ -253,8 +257,60 @@ def test_a_full_disk_under_tensorboard_is_one_line_that_says_how_to_go_on(runs, 
     assert process.returncode == 1 and "Traceback" not in output, output
     assert output.strip().splitlines()[-1] == (
         f"error: a file cannot be written ([Errno 27] File too large); to continue after the last finished epoch: "
-        f"python afa.py --resume {run}")
+        f"python {ROOT / 'afa.py'} --resume {run}")
     assert (run / "last.pt").read_bytes() == before
+
+
+def section(name):
+    """The program that stands in a section of the README."""
+    lines = (ROOT / "README.md").read_text().split(f"## {name}\n")[1].split("\n## ")[0].splitlines()
+    return "\n".join(line[4:] for line in lines if line.startswith("    ") or not line)
+
+
+def test_the_readme_s_lines_of_python_run(tiny, monkeypatch, capsys):
+    small = dict(audit.QUICK, noise=2, surrogate_steps=5, queries=5, apgd_steps=5, margin_steps=5, steps=(1, 2, 3, 4))
+    monkeypatch.setattr(audit, "QUICK", small)
+    names = {}
+    exec(section("In Python").replace("RUN", str(tiny)), names)
+    assert isinstance(names["net"], afa.AFANet) and names["args"].width == 4 and names["state"]["epoch"] >= 1
+    assert (names["x_adv"] - names["x"]).abs().max() <= 8 / 255 + 1e-6
+    assert not (names["robust"] & ~names["clean"]).any() and names["found"]["evaluated"] == 8
+
+
+def test_data_of_one_s_own_as_the_readme_says(tmp_path, runs):
+    for split, n in (("train", 12), ("test", 4)):
+        for i in range(n):
+            path = tmp_path / "mine" / split / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image = torch.randint(0, 256, (24, 20, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+            Image.fromarray(image.numpy()).save(path)
+    fork = (ROOT / "afa.py").read_text()
+    for old, new in (('Literal["digits", ', 'Literal["mine", "digits", '),
+                     ("PRESETS = {", 'PRESETS = {\n    "mine": {"fast": FAST, "paper": PAPER},'),
+                     ("SCRIPT = Path", section("Forking a script") + "\nSCRIPT = Path")):
+        assert fork.count(old) == 1
+        fork = fork.replace(old, new)
+    (tmp_path / "myafa.py").write_text(fork)
+    flags = ("--dataset mine --arch preactresnet8 --width 4 --epochs 1 --gate-epochs 1 --attack-steps 1 --val-size 4 "
+             f"--data-dir {tmp_path}")
+    before = set(data.READERS)
+    run, output = finished_in_process(flags, runs, str(tmp_path / "myafa.py"))
+    data.READERS.pop("mine")
+    assert set(data.READERS) == before
+    results = json.loads((run / "results.json").read_text())
+    assert (results["script"], results["dataset"], results["evaluated"]) == ("myafa", "mine", 4)
+    assert "images to train, validate and test: 8, 4, 4" in output
+
+
+@pytest.mark.parametrize("x, y", [(np.zeros((9, 8, 8, 3), np.float32), np.zeros(9, np.int64)),
+                                  (np.zeros((9, 8, 8), np.uint8), np.zeros(9, np.int64)),
+                                  (np.zeros((9, 3, 8, 8), np.uint8), np.zeros(9, np.int64)),
+                                  (np.zeros((9, 8, 8, 3), np.uint8), np.zeros(9, np.int32)),
+                                  (torch.zeros(9, 8, 8, 3, dtype=torch.uint8), np.zeros(9, np.int64))])
+def test_a_reader_that_returns_something_else_is_told_so(x, y, monkeypatch):
+    monkeypatch.setitem(data.READERS, "mine", lambda data_dir: ((x, y), (x, y), ["a"], True))
+    with pytest.raises(data.UserError, match=r"a reader returns numpy arrays, images \(N, H, W, 3\) uint8"):
+        data.load("mine", val_size=1)
 
 
 def test_a_run_that_was_resumed_itself_is_evaluated_by_any_number_of_processes():
@@ -301,6 +357,10 @@ def test_a_strength_or_a_rate_that_is_never_reached_is_said(capsys):
     assert "eps rises for 4 epochs, and training ends after 3" in capsys.readouterr().out
     data.check(replace(args, epochs=60, milestones=(30, 75)))
     assert "the milestone 75 is not reached in 60 epochs" in capsys.readouterr().out
+    data.check(replace(args, epochs=60, norm="l2", eps=0.5))
+    assert capsys.readouterr().out == ""
+    data.check(replace(args, epochs=60, norm="l2"))
+    assert "0.0314 is a tiny radius in the L2 norm" in capsys.readouterr().out
 
 
 REFUSED = {
@@ -312,6 +372,9 @@ REFUSED = {
     "--attack-steps 0": "--attack-steps must be at least 1",
     "--gate-epochs 0": "--gate-epochs must be at least 1",
     "--bn single --harden 0.5": "--harden would do nothing here: leave it out",
+    "--bn single --gate-epochs 5": "--gate-epochs would do nothing here",
+    "--fusion 0.5 --gate layer --gate-lr 0.1": "--gate, --gate-lr would do nothing here",
+    "--milestones -3": "--milestones are epochs from 1 on, not -3",
     "--step-size 2": "did you mean 2/255?",
     "--lr 0": "--lr must be at least",
     "--harden 2": "--harden must be at most 1",
@@ -391,11 +454,11 @@ def test_help_can_be_read(monkeypatch, capsys):
     assert all("--" + name.replace("_", "-") in text for name in vars(afa.Args()))
 
 
-@pytest.mark.parametrize("arguments", ["--gate layer --finetune all --bf16", "--norm l2 --eps 128/255 --harden 0",
-                                       "--fusion 0.5 --milestones 1", "--harden 1"])
+@pytest.mark.parametrize("arguments", [
+    "--gate-epochs 1 --gate layer --finetune all --bf16", "--gate-epochs 1 --norm l2 --eps 128/255 --harden 0",
+    "--fusion 0.5 --milestones 1", "--gate-epochs 1 --harden 1"])
 def test_every_setting_of_the_method_runs(arguments, capsys, tmp_path):
-    small = ("--train-size 64 --val-size 20 --test-size 5 --width 4 --epochs 2 --gate-epochs 1 --batch-size 32 "
-             "--attack-steps 1 ")
+    small = "--train-size 64 --val-size 20 --test-size 5 --width 4 --epochs 2 --batch-size 32 --attack-steps 1 "
     assert in_process(small + arguments, capsys, tmp_path) == (0, "")
     (run,) = tmp_path.iterdir()
     assert json.loads((run / "results.json").read_text())["checkpoints"]["last"]["epoch"] in (2, 3)

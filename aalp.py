@@ -199,7 +199,7 @@ def logit_gradients(z, z_adv, y, pairing_weight):
 
     The clean branch alone: over both, <g_ce, g_lp> is proportional to (p' - p).(z' - z) and never negative.  [D5]
     """
-    g_ce = 0.5 * (z.softmax(1) - F.one_hot(y, z.shape[1]))
+    g_ce = 0.5 * (z.softmax(1) - F.one_hot(y, z.shape[1]))  # half, as in aalp_loss
     return g_ce, 2 * pairing_weight / z.shape[1] * (z - z_adv)
 
 
@@ -257,7 +257,7 @@ def observe(net, x, y, eps, args):
         with torch.no_grad():
             maps = net.maps(images)
             logits.append(net.fc(maps.mean((2, 3))))
-            c_maps = net.fc.weight[y][:, :, None, None] * maps / maps[0, 0].numel()  # pooled: the contributions
+            c_maps = net.fc.weight[y][:, :, None, None] * maps / maps[0, 0].numel()  # add up to those of features
         for level, c in (("features", c_maps.sum((2, 3))), ("map", c_maps.flatten(1))):
             result |= {f"{k}_{level}_{kind}": v.float().mean().item() for k, v in concentration(c).items()}
     lambda_w = args.pairing_weight * sample_weights(*logits, y, args)
@@ -348,7 +348,7 @@ if __name__ == "__main__":
         if args.pairing_weight is not None or args.method == "at":
             raise data.UserError("--control-of is ALP and sets --pairing-weight: leave out that, and --method at")
         args = replace(args, method="alp", pairing_weight=control(args.control_of, args.dataset))
-    preset = {**PRESETS[args.dataset][args.preset], **METHODS[args.method]}
+    preset = {**PRESETS[args.dataset][args.preset], **METHODS[args.method]}  # a method's own value goes first
     preset = {k: v for k, v in preset.items() if getattr(args, k) is None}
     args = replace(args, **preset)
     if args.guided_dropout == "none" and not run:
@@ -387,7 +387,7 @@ if __name__ == "__main__":
 
     info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, **data.environment(device))
     Writer = distributed.Silent if distributed.rank() or args.eval_only else SummaryWriter
-    writer = Writer(run_dir, purge_step=progress["epoch"] * steps + 1)
+    writer = Writer(run_dir, purge_step=progress["epoch"] * steps + 1)  # of a resumed run what follows comes again
     if not run:
         data.write_arguments(run_dir, args, info, preset, writer)
         checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
@@ -401,7 +401,7 @@ if __name__ == "__main__":
                disable=distributed.rank() > 0 or not sys.stderr.isatty())
     for epoch in range(progress["epoch"], 0 if args.eval_only else args.epochs):
         started, sums, weights = time.time(), defaultdict(float), []
-        data.tune(True)  # training has few batch sizes
+        data.tune(True)  # to search for fast convolutions pays in training, which has few batch sizes
         noise = distributed.seed(2_000_003 * args.seed + epoch)  # all chance is that of (seed, epoch)
         generator = torch.Generator(device).manual_seed(noise)
         for i, (x, y) in enumerate(data.batches(d.train, args.batch_size, seed=args.seed, epoch=epoch, **d.augment)):

@@ -411,7 +411,7 @@ def train_step(net, optimizer, x, y, args, rise=1.0, generator=None):
 
 def train_epoch(net, optimizer, d, args, epoch, bar=None):
     """Train for an epoch, whose chance is that of (seed, epoch). Means of loss terms and of accuracy, {tag: number}."""
-    data.tune(True)  # training has few batch sizes
+    data.tune(True)  # to search for fast convolutions pays in training, which has few batch sizes
     sums, steps = defaultdict(float), data.steps_per_epoch(len(d.train.y), args.batch_size)
     noise = distributed.seed(2_000_003 * args.seed + epoch)
     generator = torch.Generator(d.train.y.device).manual_seed(noise)
@@ -746,7 +746,7 @@ if __name__ == "__main__":
 
     info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, **data.environment(device))
     Writer = distributed.Silent if distributed.rank() or args.eval_only else SummaryWriter
-    writer = Writer(run_dir, purge_step=progress["epoch"] * steps + 1)
+    writer = Writer(run_dir, purge_step=progress["epoch"] * steps + 1)  # of a resumed run what follows comes again
     if not run:
         data.write_arguments(run_dir, args, info, preset, writer)
         checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume

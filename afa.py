@@ -407,7 +407,7 @@ if __name__ == "__main__":
 
     info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, **data.environment(device))
     Writer = distributed.Silent if distributed.rank() or args.eval_only else SummaryWriter
-    writer = Writer(run_dir, purge_step=progress["epoch"] * steps + 1)
+    writer = Writer(run_dir, purge_step=progress["epoch"] * steps + 1)  # of a resumed run what follows comes again
     if not run:
         data.write_arguments(run_dir, args, info, preset, writer)
         checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
@@ -425,7 +425,7 @@ if __name__ == "__main__":
         net.requires_grad_(stage == 1 or args.finetune == "all")  # stage 2 trains the gate alone, or everything
         for p in gate:
             p.requires_grad_(stage == 2)
-        data.tune(True)  # training has few batch sizes
+        data.tune(True)  # to search for fast convolutions pays in training, which has few batch sizes
         noise = distributed.seed(2_000_003 * args.seed + epoch)  # all chance is that of (seed, epoch)
         generator = torch.Generator(device).manual_seed(noise)
         for i, (x, y) in enumerate(data.batches(d.train, args.batch_size, seed=args.seed, epoch=epoch, **d.augment)):

@@ -240,7 +240,7 @@ def vanilla_teacher(args, d):
     optimizer = torch.optim.SGD(teacher.parameters(), args.teacher_lr, momentum=0.9, nesterov=True, fused=True,
                                 weight_decay=args.weight_decay)
     steps = data.steps_per_epoch(len(d.train.y), args.batch_size)
-    data.tune(True)  # training has few batch sizes
+    data.tune(True)  # to search for fast convolutions pays in training, which has few batch sizes
     for epoch in range(args.teacher_epochs):  # one cycle, as below
         for i, (x, y) in enumerate(data.batches(d.train, args.batch_size, seed=seed, epoch=epoch, **d.augment)):
             t = (epoch + (i + 0.5) / steps) / args.teacher_epochs
@@ -441,7 +441,7 @@ if __name__ == "__main__":
 
     info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, **data.environment(device))
     Writer = distributed.Silent if distributed.rank() or args.eval_only else SummaryWriter
-    writer = Writer(run_dir, purge_step=progress["epoch"] * steps + 1)
+    writer = Writer(run_dir, purge_step=progress["epoch"] * steps + 1)  # of a resumed run what follows comes again
     if not run:
         data.write_arguments(run_dir, args, info, preset, writer)
         checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
@@ -455,7 +455,7 @@ if __name__ == "__main__":
                disable=distributed.rank() > 0 or not sys.stderr.isatty())
     for epoch in range(progress["epoch"], 0 if args.eval_only else args.epochs):
         started, sums = time.time(), defaultdict(float)
-        data.tune(True)  # training has few batch sizes
+        data.tune(True)  # to search for fast convolutions pays in training, which has few batch sizes
         noise = distributed.seed(2_000_003 * args.seed + epoch)  # all chance is that of (seed, epoch)
         generator = torch.Generator(device).manual_seed(noise)
         for i, (x, y) in enumerate(data.batches(d.train, args.batch_size, seed=args.seed, epoch=epoch, **d.augment)):

@@ -387,7 +387,7 @@ def test_the_teacher_learns(tmp_path):
 
 
 def test_a_run_can_be_the_teacher_and_a_base_be_compared_with_it(plain, tmp_path):
-    names, output = program(f"{BASE} --teacher {plain[0]['run_dir']}", tmp_path)
+    names, output = program(f"{BASE.replace('--teacher-epochs 1', '')} --teacher {plain[0]['run_dir']}", tmp_path)
     assert f"teacher {plain[0]['run_dir']}: clean accuracy" in output
     assert same(names["teacher"].state_dict(), weights(plain[0]["run_dir"] / "best.pt"))
     assert same(weights(names["run_dir"] / "last.pt"), weights(plain[0]["run_dir"] / "last.pt"))  # it only looks on
@@ -418,7 +418,8 @@ def test_a_teacher_that_does_not_fit_is_refused_in_one_line(tiny, capsys, tmp_pa
         line = capsys.readouterr().err.strip()
         assert line.startswith(f"error: {tmp_path / name}") and message in line and "\n" not in line, line
         assert error.value.code == 2
-    status, error = in_process(f"{TINY} --teacher {tmp_path / 'cut.pt'}", capsys, tmp_path / "runs", "vfd_adv.py")
+    given = TINY.replace("--teacher-epochs 1", f"--teacher {tmp_path / 'cut.pt'}")
+    status, error = in_process(given, capsys, tmp_path / "runs", "vfd_adv.py")
     assert status == 2 and "cut.pt cannot be the teacher" in error and not (tmp_path / "runs").exists()
 
 

@@ -19,7 +19,7 @@ from common.pgd import frame_mask, survivors, universal
 ARGS = abnn.Args(**{**abnn.DIGITS, "width": 4, "substitute_arch": "preactresnet8", "substitute_width": 4})
 CLIPS = abnn.Args(**{**abnn.MOVING, "width": 2, "substitute_arch": "conv3d", "substitute_width": 2},
                   dataset="moving-digits")
-TINY = ("--train-size 400 --val-size 60 --test-size 10 --width 4 --epochs 2 --clean-epochs 1 --batch-size 100 "
+TINY = ("--train-size 400 --val-size 60 --test-size 5 --width 4 --epochs 2 --clean-epochs 1 --batch-size 100 "
         "--attack-steps 1")
 ALIGNED = TINY + " --align-weight 0.1"
 

@@ -47,7 +47,7 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(runs):
     """Long enough to learn something, short enough for a test."""
-    return finished("--train-size 2000 --val-size 100 --test-size 50 --epochs 4 --gate-epochs 1 --attack-steps 3 "
+    return finished("--train-size 2000 --val-size 100 --test-size 20 --epochs 4 --gate-epochs 1 --attack-steps 3 "
                     "--eps 4/255 --eps-warmup-epochs 2 --batch-size 64", runs)
 
 
@@ -61,7 +61,7 @@ def test_a_run_leaves_what_the_docs_promise(trained):
     results = json.loads((run / "results.json").read_text())
     names = {path.name for path in run.iterdir() if "tfevents" not in path.name}
     assert names == {"args.json", "best.pt", "last.pt", "results.json"}
-    assert results["script"] == "afa" and results["dataset"] == "digits" and results["evaluated"] == 50
+    assert results["script"] == "afa" and results["dataset"] == "digits" and results["evaluated"] == 20
     for row in results["checkpoints"].values():
         assert set(row) == {"epoch", "clean", "fgsm", "pgd20", "pgd50_margin", "targeted", "transfer", "worst"}
         assert all(0 <= v <= 1 for k, v in row.items() if k != "epoch")
@@ -79,7 +79,7 @@ def test_it_learns_and_is_more_robust_than_an_undefended_network(trained, runs):
     events = EventAccumulator(str(run)).Reload()
     losses = [e.value for e in events.Scalars("losses/clean_ce")]
     assert losses[-1] < 0.5 * losses[0]
-    undefended, _ = finished_in_process("--train-size 2000 --val-size 100 --test-size 50 --epochs 4 --bn single "
+    undefended, _ = finished_in_process("--train-size 2000 --val-size 100 --test-size 20 --epochs 4 --bn single "
                                         "--eps 0 --batch-size 64", runs)
     again, _ = finished_in_process(f"--eval-only {undefended} --eps 4/255", runs)
     results = [json.loads(path.read_text()) for path in (run / "results.json", undefended / "eval.json")]

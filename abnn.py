@@ -35,6 +35,7 @@ from common.pgd import (
     attack_metrics,
     frame_mask,
     lead,
+    likeliest_wrong,
     masked_attack,
     pgd,
     pgd10,
@@ -615,10 +616,7 @@ def evaluate_threats(net, x, y, known, args, part):
     rows = {"no gradient": (net, dict(steps=0))}
     rows |= {f"{threat} {loss}": (source, dict(loss=loss)) for threat, source in sources.items()
              for loss in ("ce", "margin")}
-    with torch.no_grad():
-        logits = torch.cat([net(data.to_float(some)).float() for some in x.split(part)])
-    goals = logits.scatter(1, y[:, None], math.inf).argsort(1, descending=True)[:, 1:10].T  # likeliest wrong classes
-    strong = [dict(loss="margin", steps=100)] * 2 + [dict(target=goal) for goal in goals]
+    strong = [dict(loss="margin", steps=100)] * 2 + [dict(target=goal) for goal in likeliest_wrong(net, x, y, 9, part)]
     clean = survivors(net, x, y, eps=0, steps=0, batch_size=part)
     table, warnings = {"worst": {"clean": clean.sum().item() / len(y)}}, []
     everything = clean

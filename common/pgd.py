@@ -217,6 +217,13 @@ def pgd(model, x, y, *, eps, step_size, steps, norm="linf", loss="ce", random_st
     return best if track else x_adv.detach()
 
 
+@torch.no_grad()
+def likeliest_wrong(model, x, y, k, batch_size=500):
+    """The k classes (k, N) that `model` finds likeliest beside y, the first one first; as many as there are."""
+    logits = torch.cat([model(to_float(part)).float() for part in x.split(batch_size)])
+    return logits.scatter(1, y[:, None], float("inf")).argsort(1, descending=True)[:, 1 : k + 1].T
+
+
 def survivors(model, x, y, alive=None, *, eps, steps, step_size=None, relative_step=0.25, restarts=1, targets=0,
               source=None, seed=0, batch_size=500, **settings):  # fmt: skip
     """Which samples stay correctly classified under `pgd`: a boolean mask (N,). With `steps=0`, without an attack.
@@ -241,11 +248,7 @@ def survivors(model, x, y, alive=None, *, eps, steps, step_size=None, relative_s
     random_start = settings.pop("random_start", steps > 0)  # no steps means no attack, not one with noise
     if any(m.training for m in module_of(model).modules()):  # pgd looks at the source only
         raise ValueError("the model is in training mode: call .eval() before an attack (of a wrapper too)")
-    goals = [None]
-    if targets:
-        with torch.no_grad():
-            logits = torch.cat([model(to_float(part)).float() for part in x.split(batch_size)])
-        goals = logits.scatter(1, y[:, None], float("inf")).argsort(1, descending=True)[:, 1 : targets + 1].T
+    goals = likeliest_wrong(model, x, y, targets, batch_size) if targets else [None]
     for goal in [goal for _ in range(restarts) for goal in goals]:
         for i in alive.nonzero().squeeze(1).split(batch_size) if alive.any() else ():
             start, mine = random_start, distributed.share(len(i))

@@ -339,7 +339,6 @@ if __name__ == "__main__":
     distributed.start()  # with torchrun: one process for each GPU
     args = tyro.cli(Args, description=__doc__)
     run, run_dir = data.named_run(args)
-    data.on_interrupt(None if args.eval_only else run_dir)
     if run:
         net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
         args = tyro.cli(Args, description=__doc__, default=own)  # once more: what was given, over the run's own
@@ -359,17 +358,16 @@ if __name__ == "__main__":
     device = data.device(args.device)
     d = data.load_as(args, device)
     x_val, y_val, x_test, y_test = data.to_float(d.val.x), d.val.y, data.to_float(d.test.x), d.test.y
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     data.tune(False)  # evaluation has many
     torch.manual_seed(args.seed)
     net = (net if run else build(args, len(d.classes))).to(device, memory_format=torch.channels_last)
     if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # for modes and flags: beyond it goes eager, silently
         net.compile(dynamic=False)  # another batch size is another graph: one of all sizes would be slower
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, nesterov=True, fused=True,
                                 weight_decay=args.weight_decay)
     x_seen, y_seen = data.to_float(d.train.x[:256].to(device)), d.train.y[:256]  # where training is watched  [D5]
     steps = data.steps_per_epoch(len(d.train.y), args.batch_size, shared=not args.eval_only)
+    per_epoch = steps * min(args.batch_size, len(d.train.y))  # images
     majority = y_val.bincount().max().item() / len(y_val)
     eps_test = args.eps or 8 / 255  # an undefended network is tested like the others
 
@@ -391,14 +389,12 @@ if __name__ == "__main__":
     if not run:
         data.write_arguments(run_dir, args, info, preset, writer)
         checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
-        data.on_interrupt(run_dir)
     print(f"{run_dir}: {sum(p.numel() for p in net.parameters()):,} parameters, {info['device']}, images to train, "
           f"validate and test: {len(d.train.y)}, {len(y_val)}, {len(y_test)}; preset: "
           + ", ".join(f"{k} {v}" for k, v in preset.items()), flush=True)
 
     # Training.
-    bar = tqdm(total=args.epochs * steps, initial=progress["epoch"] * steps,
-               disable=distributed.rank() > 0 or not sys.stderr.isatty())
+    bar = tqdm(total=args.epochs * steps, initial=progress["epoch"] * steps, disable=distributed.rank() > 0 or None)
     for epoch in range(progress["epoch"], 0 if args.eval_only else args.epochs):
         started, sums, weights = time.time(), defaultdict(float), []
         data.tune(True)  # to search for fast convolutions pays in training, which has few batch sizes
@@ -410,8 +406,7 @@ if __name__ == "__main__":
                 factor = 0.1 ** sum(t >= m for m in args.milestones)
             else:  # one cycle: up for 30 % of the steps, then down to 0
                 factor = min(t / args.epochs / 0.3, (1 - t / args.epochs) / 0.7)
-            for group in optimizer.param_groups:
-                group["lr"] = factor * args.lr
+            optimizer.param_groups[0]["lr"] = factor * args.lr
             net.eval()  # the attack sees the running statistics, as at test time, and moves none of them
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 rise = min(1.0, t / args.eps_warmup_epochs) if args.eps_warmup_epochs else 1.0
@@ -436,16 +431,13 @@ if __name__ == "__main__":
             optimizer.step()
             for k, v in terms.items():  # the sums stay on the device: to read one here would stall it
                 sums[f"losses/{k}"] += v.detach() / steps
-            clean_acc, robust_acc, masked_acc = ((v.argmax(1) == y).float().mean() / steps for v in (z, z_adv, masked))
-            sums["train/clean_acc"] += clean_acc
-            sums["train/robust_acc"] += robust_acc
-            sums["aalp/label_leak"] += masked_acc - clean_acc  # what the mask tells the last layer about the label
+            for k, v in (("train/clean", z), ("train/robust", z_adv), ("aalp/masked", masked)):
+                sums[f"{k}_acc"] += (v.argmax(1) == y).float().mean() / steps
             weights.append(w)
             bar.update()
-        scalars = {k: distributed.mean(v).item() for k, v in sums.items()}
+        scalars = data.means(sums, epoch, args.lr)
+        scalars["aalp/label_leak"] = scalars.pop("aalp/masked_acc") - scalars["train/clean_acc"]  # through the mask
         distributed.average_statistics(net)
-        if not all(math.isfinite(v) for v in scalars.values()):
-            raise data.UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {args.lr:g}")
         seconds = time.time() - started
         data.tune(False)  # evaluation has many
 
@@ -454,9 +446,8 @@ if __name__ == "__main__":
         clean = survivors(net, x_val, y_val, eps=0, steps=0)
         robust = survivors(net, x_val, y_val, clean, eps=eps_test, steps=10, norm=args.norm)
         val = {k: mask.sum().item() / len(mask) for k, mask in (("clean_acc", clean), ("robust_acc", robust))}
-        score = val["robust_acc" if args.eps else "clean_acc"]
-        if val["clean_acc"] <= majority + 0.01:  # one class for everything resists all attacks, and is no classifier
-            score = 0.0
+        # One class for everything resists all attacks, and is no classifier.
+        score = val["robust_acc" if args.eps else "clean_acc"] if val["clean_acc"] > majority + 0.01 else 0.0
         weights = distributed.gather(torch.cat(weights))
         seen = observe(net, x_seen, y_seen, eps_test, args) | {"sample_weight": weights.mean().item()}
         also = {"label_leak": scalars["aalp/label_leak"], "weight_bins": torch.histc(weights, 20, 0, 1).tolist()}
@@ -464,7 +455,7 @@ if __name__ == "__main__":
             progress["history"].setdefault(k, []).append(v)
         x_few, y_few, step = x_val[:256], y_val[:256], (epoch + 1) * steps
         x_adv = pgd10(net, x_few, y_few, eps_test, args.norm)
-        speed = steps * min(args.batch_size, len(d.train.y)) / seconds
+        speed = per_epoch / seconds
         scalars |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/images_per_second": speed,
                     "charts/epoch_seconds": time.time() - started, "charts/peak_memory_gb": data.peak_memory(device)}
         scalars |= {f"val/{k}": v for k, v in val.items()}
@@ -486,40 +477,24 @@ if __name__ == "__main__":
     bar.close()
 
     # Final evaluation: the test split, for the first and only time.
-    torch.set_float32_matmul_precision("highest")  # in full float32, on a GPU too
-    torch.backends.cudnn.allow_tf32 = False
+    data.tune(False, exact=True)
     print(f"testing on {len(y_test)} images at eps {255 * eps_test:g}/255 ...", flush=True)
-    single = args.eval_only and Path(run).is_file()
     table = {}
-    for path in [Path(run)] if single else [run_dir / "best.pt", run_dir / "last.pt"]:
-        state = load(path, device)[2]
+    for names, state in data.checkpoints(args.eval_only or run_dir, SCRIPT):
         net.load_state_dict(state["net"])
         if not table:
             method = measure(net, x_test, y_test, eps_test, args)
-        same = [row for row in table.values() if row["epoch"] == state["epoch"]]  # the best epoch may be the last
-        table[path.stem] = same[0] if same else {
-            "epoch": state["epoch"], **evaluate(net, x_test, y_test, eps_test, args.norm)}
-    progress = {k: state[k] for k in progress}  # of the last checkpoint: with --eval-only too
-    images = progress["epoch"] * steps * min(args.batch_size, len(d.train.y))
-    history, curve, tested = progress["history"], method["curves"]["model"], method["test"]
-    means = history.get("sample_weight", [])
-    method |= {"history": history, "mean_pairing_weight": args.pairing_weight * sum(means) / max(len(means), 1)}
-    written = run_dir / ("eval.json" if args.eval_only else "results.json")
-    data.save(written, {
-        **info, "eps": eps_test, "evaluated": len(y_test), "train_seconds": progress["train_seconds"],
-        "images_per_second": images / max(progress["train_seconds"], 1e-9),
-        "peak_memory_gb": data.peak_memory(device), "checkpoints": table, "robustness_curve": curve, "method": method})
-    lines = [("checkpoint", *table[path.stem]), *((name, *row.values()) for name, row in table.items()), (),
-             ("PGD-20 at eps", "accuracy"), *((f"{k}/255", v) for k, v in curve.items()), (),
-             ("O1, test", "clean", "adversarial"),
-             *((k, tested[k + "_clean"], tested[k + "_adv"])
-               for k in ("n50_features", "n90_features", "n50_map", "n90_map")),
-             (), ("O2, test", "logits", "parameters"),
-             *((k, tested[k + "_logits"], tested[k + "_parameters"]) for k in ("conflicting", "overemphasised"))]
-    print("\n".join("".join(f"{v:>14.3f}" if isinstance(v, float) else f"{v:>14}" for v in line) for line in lines))
-    end = progress["epoch"] * steps
-    points = [(f"test/{name}_{k}", v, end) for name, row in table.items() for k, v in row.items()]
-    points += [("robustness_curve/model", v, float(k)) for k, v in curve.items()]
-    data.write_points(writer, points)
-    print(f"written to {written}" + f"; look at it with: tensorboard --logdir {run_dir.parent}" * (not args.eval_only))
+        row = evaluate(net, x_test, y_test, eps_test, args.norm)
+        table |= dict.fromkeys(names, {"epoch": state["epoch"], **row})
+    tested, weights = method["test"], state["history"].get("sample_weight", [])
+    method |= {"history": state["history"],
+               "mean_pairing_weight": args.pairing_weight * sum(weights) / max(len(weights), 1)}
+    results = {**info, "eps": eps_test, "evaluated": len(y_test), "checkpoints": table,
+               "robustness_curve": method["curves"]["model"], "method": method, "train_seconds": state["train_seconds"],
+               "images_per_second": state["epoch"] * per_epoch / max(state["train_seconds"], 1e-9),
+               "peak_memory_gb": data.peak_memory(device)}
+    o1, o2 = ("n50_features", "n90_features", "n50_map", "n90_map"), ("conflicting", "overemphasised")
+    lines = [("O1, test", "clean", "adversarial"), *((k, tested[k + "_clean"], tested[k + "_adv"]) for k in o1), (),
+             ("O2, test", "logits", "parameters"), *((k, tested[k + "_logits"], tested[k + "_parameters"]) for k in o2)]
+    data.publish(args, run_dir, writer, state["epoch"] * steps, results, lines)
     distributed.finish()

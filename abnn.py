@@ -434,12 +434,9 @@ def train_epoch(net, optimizer, d, args, epoch, bar=None):
         sums[name] += (logits.argmax(1) == y).float().mean() / steps
         if bar is not None:
             bar.update()
-    means = {k: distributed.mean(v).item() for k, v in sums.items()}
     distributed.average_statistics(net)
     data.tune(False)  # evaluation has many
-    if not all(math.isfinite(v) for v in means.values()):
-        raise data.UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {args.lr:g}")
-    return means
+    return data.means(sums, epoch, args.lr)
 
 
 def pretrained(name, net):
@@ -683,7 +680,6 @@ if __name__ == "__main__":
     distributed.start()  # with torchrun: one process for each GPU
     args = tyro.cli(Args, description=__doc__)
     run, run_dir = data.named_run(args)
-    data.on_interrupt(None if args.eval_only else run_dir)
     if run:
         net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
         args = tyro.cli(Args, description=__doc__, default=own)  # once more: what was given, over the run's own
@@ -714,7 +710,6 @@ if __name__ == "__main__":
     x_val, y_val = data.centre_clips(d.val.x, args.frames, side) if video else d.val.x, d.val.y
     x_test, y_test = d.test.x, d.test.y
     part = max(500 * 32**2 // ((args.frames if video else 1) * side**2), 16)  # samples in a pass of the evaluation
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     data.tune(False)  # evaluation has many
     torch.manual_seed(args.seed)
     net = (net if run else build(args, len(d.classes))).to(device, memory_format=torch.channels_last)
@@ -723,10 +718,10 @@ if __name__ == "__main__":
     elif not run:
         net.load_state_dict(clean_network(args, d, device).state_dict())  # all defenses start from the same T  [D5]
     if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # for modes and flags: beyond it goes eager, silently
         net.compile(dynamic=False)  # another batch size is another graph: one of all sizes would be slower
     optimizer = optimizer_of(net, args)
     steps = data.steps_per_epoch(len(d.train.y), args.batch_size, shared=not args.eval_only)
+    per_epoch = steps * min(args.batch_size, len(d.train.y))  # samples
     majority = y_val.bincount().max().item() / len(y_val)
     eps_test = args.eps
 
@@ -748,15 +743,13 @@ if __name__ == "__main__":
     if not run:
         data.write_arguments(run_dir, args, info, preset, writer)
         checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
-        data.on_interrupt(run_dir)
     what = "clips" if video else "images"
     print(f"{run_dir}: {sum(p.numel() for p in net.parameters() if p.requires_grad):,} parameters to train, "
           f"{info['device']}, {what} to train, validate and test: {len(d.train.y)}, {len(y_val)}, {len(y_test)}; "
           "preset: " + ", ".join(f"{k} {v}" for k, v in preset.items()), flush=True)
 
     # Training.
-    bar = tqdm(total=args.epochs * steps, initial=progress["epoch"] * steps,
-               disable=distributed.rank() > 0 or not sys.stderr.isatty())
+    bar = tqdm(total=args.epochs * steps, initial=progress["epoch"] * steps, disable=distributed.rank() > 0 or None)
     for epoch in range(progress["epoch"], 0 if args.eval_only else args.epochs):
         started = time.time()
         scalars = train_epoch(net, optimizer, d, args, epoch, bar)
@@ -776,7 +769,7 @@ if __name__ == "__main__":
             score = 0.0
         x_few, y_few, step = data.to_float(x_val[:few]), y_val[:few], (epoch + 1) * steps
         x_adv = pgd10(net, x_few, y_few, eps_test, args.norm)
-        speed = steps * min(args.batch_size, len(d.train.y)) / seconds
+        speed = per_epoch / seconds
         scalars |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/images_per_second": speed,
                     "charts/epoch_seconds": time.time() - started, "charts/peak_memory_gb": data.peak_memory(device)}
         scalars |= {f"val/{k}": v for k, v in val.items()}
@@ -802,41 +795,26 @@ if __name__ == "__main__":
     bar.close()
 
     # Final evaluation: the test split, for the first and only time.
-    torch.set_float32_matmul_precision("highest")  # in full float32, on a GPU too
-    torch.backends.cudnn.allow_tf32 = False
+    data.tune(False, exact=True)
     print(f"testing on {len(y_test)} {what} at eps {255 * eps_test:g}/255 ...", flush=True)
-    single = args.eval_only and Path(run).is_file()
     table, others = {}, [partial(net, detach=True), net.twin] if args.defense == "abnn" else []
-    for path in [Path(run)] if single else [run_dir / "best.pt", run_dir / "last.pt"]:
-        state = load(path, device)[2]
+    for names, state in data.checkpoints(args.eval_only or run_dir, SCRIPT):
         net.load_state_dict(state["net"])
         if not table:
             curves = measure(net, x_test, y_test, eps_test, args, part)
             known = data.to_float(x_val[: min(100, 2 * part)]), y_val[: min(100, 2 * part)]
             threats, warnings = evaluate_threats(net, x_test, y_test, known, args, part)
-        same = [row for row in table.values() if row["epoch"] == state["epoch"]]  # the best epoch may be the last
-        table[path.stem] = same[0] if same else {
-            "epoch": state["epoch"], **evaluate(net, x_test, y_test, eps_test, args.norm, others, part)}
-    progress = {k: state[k] for k in progress}  # of the last checkpoint: with --eval-only too
-    images = progress["epoch"] * steps * min(args.batch_size, len(d.train.y))
+        row = evaluate(net, x_test, y_test, eps_test, args.norm, others, part)
+        table |= dict.fromkeys(names, {"epoch": state["epoch"], **row})
     method = {"threats": threats, "warnings": warnings, "verdict": verdict(threats, len(d.classes)), "curves": curves,
-              "history": progress["history"], "sizes": sizes(args)}
-    written = run_dir / ("eval.json" if args.eval_only else "results.json")
-    data.save(written, {
-        **info, "eps": eps_test, "evaluated": len(y_test), "train_seconds": progress["train_seconds"],
-        "images_per_second": images / max(progress["train_seconds"], 1e-9),
-        "peak_memory_gb": data.peak_memory(device), "checkpoints": table, "robustness_curve": curves["model"],
-        "method": method})
-    columns = ("clean", *PHYSICAL, "all")
-    lines = [("checkpoint", *table[path.stem]), *((name, *row.values()) for name, row in table.items()), (),
-             ("PGD-20 at eps", *curves), *((f"{k}/255", *(c[k] for c in curves.values())) for k in curves["model"]), (),
-             (args.defense, *columns), *((k, *(row.get(name, "") for name in columns)) for k, row in threats.items())]
-    print("\n".join("".join(f"{v:>14.3f}" if isinstance(v, float) else f"{v:>14}" for v in line) for line in lines))
-    print("\n".join([f"warning: {w}" for w in warnings] + [method["verdict"]]))
-    end = progress["epoch"] * steps
-    points = [(f"test/{name.replace(' ', '_')}_{k}", v, end) for name, row in (table | threats).items()
-              for k, v in row.items()]
-    points += [(f"robustness_curve/{name}", v, float(k)) for name, row in curves.items() for k, v in row.items()]
-    data.write_points(writer, points)
-    print(f"written to {written}" + f"; look at it with: tensorboard --logdir {run_dir.parent}" * (not args.eval_only))
+              "history": state["history"], "sizes": sizes(args)}
+    results = {**info, "eps": eps_test, "evaluated": len(y_test), "checkpoints": table,
+               "robustness_curve": method["curves"]["model"], "method": method, "train_seconds": state["train_seconds"],
+               "images_per_second": state["epoch"] * per_epoch / max(state["train_seconds"], 1e-9),
+               "peak_memory_gb": data.peak_memory(device)}
+    columns, end = ("clean", *PHYSICAL, "all"), state["epoch"] * steps
+    lines = [(args.defense, *columns), *((k, *(row.get(name, "") for name in columns)) for k, row in threats.items()),
+             (), *((f"warning: {w}",) for w in warnings), (method["verdict"],)]
+    points = [(f"test/{name.replace(' ', '_')}_{k}", v, end) for name, row in threats.items() for k, v in row.items()]
+    data.publish(args, run_dir, writer, end, results, lines, points)
     distributed.finish()

@@ -355,7 +355,6 @@ if __name__ == "__main__":
     distributed.start()  # with torchrun: one process for each GPU
     args = tyro.cli(Args, description=__doc__)
     run, run_dir = data.named_run(args)
-    data.on_interrupt(None if args.eval_only else run_dir)
     if run:
         net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
         args = tyro.cli(Args, description=__doc__, default=own)  # once more: what was given, over the run's own
@@ -372,12 +371,10 @@ if __name__ == "__main__":
     device = data.device(args.device)
     d = data.load_as(args, device)
     x_val, y_val, x_test, y_test = data.to_float(d.val.x), d.val.y, data.to_float(d.test.x), d.test.y
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     data.tune(False)  # evaluation has many
     torch.manual_seed(args.seed)
     net = (net if run else build(args, len(d.classes))).to(device, memory_format=torch.channels_last)
     if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # for modes and flags: beyond it goes eager, silently
         net.compile(dynamic=False)  # another batch size is another graph: one of all sizes would be slower
     gate = [p for name, p in net.named_parameters() if "gate." in name]
     body = [p for name, p in net.named_parameters() if "gate." not in name]
@@ -388,6 +385,7 @@ if __name__ == "__main__":
         optimizers[2] = torch.optim.Adam([dict(params=gate, peak=args.gate_lr), *slow])
     stages = [1] * args.epochs + [2] * (args.gate_epochs if learned else 0)
     steps = data.steps_per_epoch(len(d.train.y), args.batch_size, shared=not args.eval_only)
+    per_epoch = steps * min(args.batch_size, len(d.train.y))  # images
     majority = y_val.bincount().max().item() / len(y_val)
     eps_test = args.eps or 8 / 255  # an undefended network is tested like the others
 
@@ -411,14 +409,12 @@ if __name__ == "__main__":
     if not run:
         data.write_arguments(run_dir, args, info, preset, writer)
         checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
-        data.on_interrupt(run_dir)
     print(f"{run_dir}: {sum(p.numel() for p in net.parameters()):,} parameters, {info['device']}, images to train, "
           f"validate and test: {len(d.train.y)}, {len(y_val)}, {len(y_test)}; preset: "
           + ", ".join(f"{k} {v}" for k, v in preset.items()), flush=True)
 
     # Training.
-    bar = tqdm(total=len(stages) * steps, initial=progress["epoch"] * steps,
-               disable=distributed.rank() > 0 or not sys.stderr.isatty())
+    bar = tqdm(total=len(stages) * steps, initial=progress["epoch"] * steps, disable=distributed.rank() > 0 or None)
     for epoch in range(progress["epoch"], 0 if args.eval_only else len(stages)):
         stage, started, sums = stages[epoch], time.time(), defaultdict(float)
         first, length = (0, args.epochs) if stage == 1 else (args.epochs, args.gate_epochs)
@@ -462,10 +458,8 @@ if __name__ == "__main__":
                 sums[f"losses/{k}_ce"] += losses[k].detach() / steps
                 sums[f"train/{k}_acc"] += (z.argmax(1) == y).float().mean() / steps
             bar.update()
-        scalars = {k: distributed.mean(v).item() for k, v in sums.items()}
+        scalars = data.means(sums, epoch, args.lr)
         distributed.average_statistics(net)
-        if not all(math.isfinite(v) for v in scalars.values()):
-            raise data.UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {args.lr:g}")
         seconds = time.time() - started
         data.tune(False)  # evaluation has many
 
@@ -482,7 +476,7 @@ if __name__ == "__main__":
             score = 0.0
         x_few, y_few, step = x_val[:256], y_val[:256], (epoch + 1) * steps
         x_adv = pgd10(model, x_few, y_few, eps_test, args.norm)
-        speed = steps * min(args.batch_size, len(d.train.y)) / seconds
+        speed = per_epoch / seconds
         scalars |= {"charts/learning_rate": optimizers[stage].param_groups[0]["lr"], "charts/images_per_second": speed,
                     "charts/epoch_seconds": time.time() - started, "charts/peak_memory_gb": data.peak_memory(device)}
         scalars |= {f"val/{k}": v for k, v in val.items()}
@@ -509,42 +503,27 @@ if __name__ == "__main__":
     bar.close()
 
     # Final evaluation: the test split, for the first and only time.
-    torch.set_float32_matmul_precision("highest")  # in full float32, on a GPU too
-    torch.backends.cudnn.allow_tf32 = False
+    data.tune(False, exact=True)
     print(f"testing on {len(y_test)} images at eps {255 * eps_test:g}/255 ...", flush=True)
-    single = args.eval_only and Path(run).is_file()
     table, others = {}, frozen_weights(net, args) if learned else ()
-    for path in [Path(run)] if single else [run_dir / "best.pt", run_dir / "last.pt"]:
-        state = load(path, device)[2]
+    for names, state in data.checkpoints(args.eval_only or run_dir, SCRIPT):
         net.load_state_dict(state["net"])
         if not table:
             method = measure(net, x_test, y_test, eps_test, args)
-        same = [row for row in table.values() if row["epoch"] == state["epoch"]]  # the best epoch may be the last
-        table[path.stem] = same[0] if same else {
-            "epoch": state["epoch"], **evaluate(net, x_test, y_test, eps_test, args.norm, others)}
-    progress = {k: state[k] for k in progress}  # of the last checkpoint: with --eval-only too
-    images = progress["epoch"] * steps * min(args.batch_size, len(d.train.y))
-    curves = method["curves"]
-    written = run_dir / ("eval.json" if args.eval_only else "results.json")
-    data.save(written, {
-        **info, "eps": eps_test, "evaluated": len(y_test), "train_seconds": progress["train_seconds"],
-        "images_per_second": images / max(progress["train_seconds"], 1e-9),
-        "peak_memory_gb": data.peak_memory(device), "checkpoints": table, "robustness_curve": curves["model"],
-        "method": method})
-    weight = {f"{255 * e:.4g}": sum(w) / len(w) for e, w in zip(method["strengths"], method["weight_mean"])}
-    lines = [("checkpoint", *table[path.stem]), *((name, *row.values()) for name, row in table.items()), (),
-             ("PGD-20 at eps", *curves, "mean w"),  # beyond eps_max is extrapolation
-             *((f"{k}/255", *(curve[k] for curve in curves.values()), weight.get(k, "")) for k in curves["model"])]
-    print("\n".join("".join(f"{v:>14.3f}" if isinstance(v, float) else f"{v:>14}" for v in line) for line in lines))
-    end = progress["epoch"] * steps
-    points = [(f"test/{name}_{k}", v, end) for name, row in table.items() for k, v in row.items()]
-    points += [(f"robustness_curve/{name}", v, float(k)) for name, row in curves.items() for k, v in row.items()]
+        row = evaluate(net, x_test, y_test, eps_test, args.norm, others)
+        table |= dict.fromkeys(names, {"epoch": state["epoch"], **row})
+    results = {**info, "eps": eps_test, "evaluated": len(y_test), "checkpoints": table,
+               "robustness_curve": method["curves"]["model"], "method": method, "train_seconds": state["train_seconds"],
+               "images_per_second": state["epoch"] * per_epoch / max(state["train_seconds"], 1e-9),
+               "peak_memory_gb": data.peak_memory(device)}
+    lines = [("mean w at eps",), *((f"{255 * e:.4g}/255", sum(w) / len(w))
+                                   for e, w in zip(method["strengths"], method["weight_mean"]))]
+    points = []
     for i, e in enumerate(method["strengths"]):
         for layer, w in enumerate(method["weight_mean"][i]):
             points += [(f"afa/weight/layer{layer}", w, 255 * e)] * learned
             for name, statistic in method["statistics"].items():
                 for what, shift in zip(("mean", "log_sd"), statistic["shift"][layer]):
                     points.append((f"afa/shift_{what}/{name}_layer{layer}", shift[i], 255 * e))
-    data.write_points(writer, points)
-    print(f"written to {written}" + f"; look at it with: tensorboard --logdir {run_dir.parent}" * (not args.eval_only))
+    data.publish(args, run_dir, writer, state["epoch"] * steps, results, lines, points)
     distributed.finish()

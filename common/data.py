@@ -195,19 +195,43 @@ def new_folder(parent, name):
 
 
 def write_arguments(run_dir, args, info, filled_in, writer):
-    """args.json, and a table of the same in TensorBoard; `filled_in` are the arguments that the user left out."""
+    """args.json, and a table of the same in TensorBoard; `filled_in` are the arguments that the user left out. From
+    here on an interruption says how to continue this run."""
+    on_interrupt(run_dir)
     save(run_dir / "args.json", {**info, "args": vars(args), "preset": [*filled_in]})
     rows = "\n".join(f"|{k}|{v}|" for k, v in {**vars(args), **info}.items())
     writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + rows)
 
 
-def write_points(writer, points):
-    """The last of a run's (tag, value, x), then close the writer. TensorBoard's axis has whole numbers only: values
-    between them would share a point with others, and are left to results.json."""
+def checkpoints(run, script):
+    """What is tested of a run: (names, state) of its best and of its last checkpoint, once where both are of the same
+    epoch, or of the .pt file that `run` is. Raises UserError as `checkpoint_of` does."""
+    found = {}
+    for name in ("best.pt", "last.pt") if Path(run).is_dir() else (run,):
+        with checkpoint_of(run, name, script, "cpu") as state:
+            found.setdefault(state["epoch"], ([], state))[0].append(Path(name).stem)
+    return found.values()
+
+
+def publish(args, run_dir, writer, step, results, lines, points=()):
+    """The end of a run, after optimiser step `step`: `results` to results.json, or with --eval-only to eval.json; the
+    tables of checkpoints and curves, and a method's own `lines` (tuples), to the terminal; both tables, and a method's
+    own `points` (tag, value, x), to TensorBoard, which is closed."""
+    written = run_dir / ("eval.json" if args.eval_only else "results.json")
+    save(written, results)
+    table, curves = results["checkpoints"], results["method"]["curves"]
+    lines = [("checkpoint", *next(iter(table.values()))), *((name, *row.values()) for name, row in table.items()), (),
+             ("PGD-20 at eps", *curves), *((f"{k}/255", *(curve[k] for curve in curves.values()))
+                                           for k in results["robustness_curve"]), (), *lines]  # fmt: skip
+    print("\n".join("".join(f"{v:>14.3f}" if isinstance(v, float) else f"{v:>14}" for v in line) for line in lines))
+    points = [(f"test/{name}_{k}", v, step) for name, row in table.items() for k, v in row.items()] + [*points]
+    points += [(f"robustness_curve/{name}", v, float(k)) for name, row in curves.items() for k, v in row.items()]
     for tag, value, x_axis in points:
+        # TensorBoard's axis has whole numbers only: values between them would share a point with others.
         if abs(x_axis - round(x_axis)) < 1e-3:
             writer.add_scalar(tag, value, round(x_axis))
     writer.close()
+    print(f"written to {written}" + f"; look at it with: tensorboard --logdir {run_dir.parent}" * (not args.eval_only))
 
 
 def cache_file(runs_dir, kind, name, key, content=()):
@@ -230,7 +254,7 @@ def cache_file(runs_dir, kind, name, key, content=()):
 
 def named_run(args):
     """(what the arguments name with --resume or --eval-only, its folder), or (None, None). Raises UserError where both
-    are given, and where the folder is read-only."""
+    are given, and where the folder is read-only. From here on an interruption is one line."""
     run = args.resume or args.eval_only
     if args.resume and args.eval_only:
         raise UserError("--resume continues a run, --eval-only evaluates one: choose")
@@ -238,6 +262,7 @@ def named_run(args):
     folder = path if path.is_dir() else path.parent
     if run and folder.is_dir() and not os.access(folder, os.W_OK):
         raise UserError(f"{folder} cannot be written to: copy it to where that is possible, and name the copy")
+    on_interrupt(folder if args.resume else None)
     return run, folder if run else None
 
 
@@ -261,9 +286,9 @@ def check_same(args, own, state, free_in_test=()):
                         f"{distributed.world()}: resume it with {distributed.launcher(processes)}")  # fmt: skip
 
 
-def on_interrupt(run_dir=None):
+def on_interrupt(run_dir):
     """From here on Ctrl-C (status 130) and a disk that TensorBoard finds full (status 1) end the program with a line
-    that says how to go on: with the run in `run_dir`, once it has a checkpoint."""
+    that says how to go on: with the run in `run_dir`, once there is one and it has a checkpoint."""
 
     def how_to_go_on():
         if run_dir and (run_dir / "last.pt").exists():
@@ -304,11 +329,26 @@ def device(name):
         raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
 
 
-def tune(training):
+def tune(training, exact=False):
     """Search for the fastest convolutions and run compiled graphs in training, whose batches have few sizes. Elsewhere
-    each size, precision and flag would cost another search, of seconds, and another graph, of minutes."""
+    each size, precision and flag would cost another search, of seconds, and another graph, of minutes.
+
+    What is published is `exact`: full float32, in the place of the TF32 that a GPU multiplies with otherwise.
+    """
     torch.backends.cudnn.benchmark = training
+    torch.backends.cudnn.allow_tf32 = not exact
+    torch.set_float32_matmul_precision("highest" if exact else "high")
     torch.compiler.set_stance("default" if training else "force_eager")
+    torch._dynamo.config.recompile_limit = 64  # for modes and flags: beyond it goes eager, silently
+
+
+def means(sums, epoch, lr):
+    """An epoch's sums on the device, {tag: tensor}, as numbers: means over the processes. Raises UserError when one is
+    not finite."""
+    found = {k: distributed.mean(v).item() for k, v in sums.items()}
+    if not all(math.isfinite(v) for v in found.values()):
+        raise UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {lr:g}")
+    return found
 
 
 def peak_memory(device):

@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from shortened import shorten  # noqa: E402
+
 from common import data, distributed, pgd  # noqa: E402
 
 # Sizes that do not divide evenly, but for the batches; a rest of each epoch is dropped.
@@ -63,6 +65,7 @@ def run(script, runs):
             mock.patch("signal.signal"),
         ):
             stack.enter_context(patch)
+        shorten(lambda *what: stack.enter_context(mock.patch.object(*what)))
         stack.enter_context(contextlib.redirect_stdout(output))
         runpy.run_path(str(ROOT / script), run_name="__main__")
     return output.getvalue()

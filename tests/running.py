@@ -1,4 +1,7 @@
-"""Running the scripts as programs, for the tests of each of them. `script` is a file name such as "aalp.py"."""
+"""Running the scripts as programs, for the tests of each of them. `script` is a file name such as "aalp.py".
+
+What a run finds of robustness is found with few steps (tests/shortened.py) unless it is to be `whole`.
+"""
 
 import contextlib
 import functools
@@ -16,6 +19,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT
+from shortened import shorten
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common import data
@@ -23,33 +27,36 @@ from common import data
 read_digits = functools.cache(data.read_digits)  # drawn once for all runs of a process
 
 
-def command(arguments, runs, script="afa.py"):
-    return [sys.executable, str(ROOT / script), *shlex.split(arguments), "--runs-dir", str(runs)]
+def command(arguments, runs, script="afa.py", whole=False):
+    program = [str(ROOT / script)] if whole else [str(ROOT / "tests" / "shortened.py"), str(ROOT / script)]
+    return [sys.executable, *program, *shlex.split(arguments), "--runs-dir", str(runs)]
 
 
-def start(arguments, runs, script="afa.py", **kwargs):
+def start(arguments, runs, script="afa.py", whole=False, **kwargs):
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # small networks: threads cost more than they bring
-    return subprocess.Popen(command(arguments, runs, script), env=environment, **pipes, **kwargs)
+    return subprocess.Popen(command(arguments, runs, script, whole), env=environment, **pipes, **kwargs)
 
 
-def finished(arguments, runs, script="afa.py"):
+def finished(arguments, runs, script="afa.py", whole=False):
     """The folder that a run made, None when it continued another, and what it printed; it has to end well."""
     before = set(runs.glob("*"))
-    process = start(arguments, runs, script)
+    process = start(arguments, runs, script, whole)
     output = process.communicate()[0]
     assert process.returncode == 0, output
     (run,) = set(runs.glob("*")) - before or [None]
     return run, output
 
 
-def execute(arguments, runs, script):
+def execute(arguments, runs, script, whole=False):
     """Exit status of the script in this process, without the price of starting Python."""
     handler = signal.getsignal(signal.SIGINT)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(data.READERS, "digits", lambda data_dir: read_digits(None))
         for module in (sys, threading):  # a script sets its own
             patch.setattr(module, "excepthook", module.excepthook)
+        if not whole:
+            shorten(patch.setattr)
         patch.setattr(sys, "argv", [script, *shlex.split(arguments), "--runs-dir", str(runs)])
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -66,12 +73,12 @@ def in_process(arguments, capsys, runs, script="afa.py"):
     return execute(arguments, runs, script), capsys.readouterr().err.strip()
 
 
-def finished_in_process(arguments, runs, script="afa.py"):
+def finished_in_process(arguments, runs, script="afa.py", whole=False):
     """As `finished`, in this process. It needs no fixture of one test, so fixtures of a module can use it."""
     before = set(runs.glob("*"))
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        status = execute(arguments, runs, script)
+        status = execute(arguments, runs, script, whole)
     assert status == 0, output.getvalue()
     (run,) = set(runs.glob("*")) - before or [None]
     return run, output.getvalue()

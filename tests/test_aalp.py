@@ -420,7 +420,7 @@ def test_tensorboard_has_the_documented_tags(tiny):
     assert tag_mismatches("aalp.md", tiny) == []
 
 
-def test_the_network_in_eval_mode_knows_nothing_of_the_settings(tiny, tmp_path):
+def test_the_network_in_eval_mode_knows_nothing_of_the_settings(tiny, runs, tmp_path):
     """A plain forward pass: what guided dropout is set to changes nothing, and calls do not differ."""
     d = data.load("digits", test_size=20)
     x, y = data.to_float(d.test.x), d.test.y
@@ -436,7 +436,8 @@ def test_the_network_in_eval_mode_knows_nothing_of_the_settings(tiny, tmp_path):
         for changes in (dict(guided_dropout="none"), dict(guided_dropout="high", dropout_prob=1.0, dropout_ratio=1.0)):
             torch.save({**state, "args": asdict(replace(args, **changes))}, tmp_path / "other.pt")
             assert torch.equal(z, aalp.load(tmp_path / "other.pt")[0](x))
-    row = results(tiny)["checkpoints"]["best"]
+    finished_in_process(f"--eval-only {tiny}", runs, SCRIPT, whole=True)
+    row = results(tiny, "eval.json")["checkpoints"]["best"]
     assert row["clean"] == (plain.argmax(1) == y).sum().item() / 20
     assert aalp.evaluate(net, x, y, 8 / 255, "linf") == {k: v for k, v in row.items() if k != "epoch"}
 

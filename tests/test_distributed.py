@@ -62,7 +62,8 @@ def test_an_error_in_one_process_ends_all(programs):
 
 
 def test_a_run_of_two_processes_is_one_run(tmp_path, capsys):
-    status, output, errors = together(ROOT / "afa.py", *TINY.split(), "--runs-dir", tmp_path)
+    shortened = ROOT / "tests" / "shortened.py"
+    status, output, errors = together(shortened, ROOT / "afa.py", *TINY.split(), "--runs-dir", tmp_path)
     assert status == 0, errors
     (run,) = tmp_path.iterdir()
     assert {p.name for p in run.iterdir() if "tfevents" not in p.name} == {

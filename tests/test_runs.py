@@ -48,7 +48,7 @@ def runs(tmp_path_factory):
 def trained(runs):
     """Long enough to learn something, short enough for a test."""
     return finished("--train-size 2000 --val-size 100 --test-size 20 --epochs 4 --gate-epochs 1 --attack-steps 3 "
-                    "--eps 4/255 --eps-warmup-epochs 2 --batch-size 64", runs)
+                    "--eps 4/255 --eps-warmup-epochs 2 --batch-size 64", runs, whole=True)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_it_learns_and_is_more_robust_than_an_undefended_network(trained, runs):
     assert losses[-1] < 0.5 * losses[0]
     undefended, _ = finished_in_process("--train-size 2000 --val-size 100 --test-size 20 --epochs 4 --bn single "
                                         "--eps 0 --batch-size 64", runs)
-    again, _ = finished_in_process(f"--eval-only {undefended} --eps 4/255", runs)
+    again, _ = finished_in_process(f"--eval-only {undefended} --eps 4/255", runs, whole=True)
     results = [json.loads(path.read_text()) for path in (run / "results.json", undefended / "eval.json")]
     assert again is None and results[0]["eps"] == results[1]["eps"] == 4 / 255
     afa_row, plain_row = (r["checkpoints"]["best"] for r in results)

@@ -18,10 +18,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import ROOT
 from running import epochs_done, in_process, same, start, tag_mismatches, wait_for, weights
+from shortened import shorten
 
 import vfd_adv
 from common import data
-from common.pgd import pgd, survivors
+from common.pgd import pgd
 
 TINY = ("--train-size 200 --val-size 40 --test-size 10 --width 4 --epochs 2 --attack-steps 2 --eps-warmup-epochs 1 "
         "--batch-size 50 --teacher-epochs 1")
@@ -37,17 +38,12 @@ def draw_once():
         yield
 
 
-def few_steps(*args, steps, restarts=1, targets=0, **settings):
-    return survivors(*args, steps=min(steps, 2), targets=min(targets, 1), **settings)
-
-
-def program(arguments, runs, attacks=few_steps):
-    """What the script has at its end, by name, and what it printed. In this process, and with weak attacks in its
-    evaluation: most tests look at the training.
-    """
+def program(arguments, runs):
+    """What the script has at its end, by name, and what it printed. In this process, and with few steps where it
+    measures robustness: the tests look at the training."""
     output, handler = io.StringIO(), signal.getsignal(signal.SIGINT)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
-        patch.setattr("common.pgd.survivors", attacks)
+        shorten(patch.setattr)
         patch.setattr(sys, "argv", ["vfd_adv.py", *shlex.split(arguments), "--runs-dir", str(runs)])
         try:
             names = runpy.run_path(str(ROOT / "vfd_adv.py"), run_name="__main__")
@@ -537,13 +533,13 @@ def test_killed_it_resumes_to_the_same_bits_without_the_cache(tiny, tmp_path):
     assert not (run / "results.json").exists()  # it was in the second epoch, or about to test
     for cached in (tmp_path / "teachers").glob("*.pt"):
         cached.unlink()
-    resumed, output = program(f"--resume {run}", tmp_path, survivors)
+    resumed, output = program(f"--resume {run}", tmp_path)
     assert "training the teacher" not in output
-    whole, _ = program(longer, tmp_path, survivors)
+    whole, _ = program(longer, tmp_path)
     for name in ("last.pt", "best.pt"):
         assert same(weights(whole["run_dir"] / name), weights(run / name))
     assert whole["method"] == resumed["method"] and whole["table"] == resumed["table"]
-    again, _ = program(f"--eval-only {run}", tmp_path, survivors)
+    again, _ = program(f"--eval-only {run}", tmp_path)
     assert again["table"] == whole["table"]
     (run / "teacher.pt").unlink()
     with pytest.raises(data.UserError, match="teacher.pt cannot be the teacher"):

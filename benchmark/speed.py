@@ -387,9 +387,7 @@ def evaluation(args, device):
     Images have strengths from 1/16 to 16 times 8/255, so that some fall early and batches shrink as they do in a run.
     `cold`: the first call over its floor; on a GPU it holds the choice of algorithms for every new batch size.
     """
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    data.tune(False)
+    data.tune(False, exact=True)
     form = dict(memory_format=torch.channels_last)
     net = afa.AFANet(afa.Args(arch=args.script_arch, width=args.script_width, bn="single"), CLASSES)
     net = net.to(device, **form).eval()
@@ -420,8 +418,6 @@ def evaluation(args, device):
         a, b = a[1:], b[1:]
         entries.append(dict(name=name, passes=len(passes), images=sum(int(n) for _, n in passes), ms=1e3 * median(a),
                             cold=cold / median(b), **ratio(a, b)))  # fmt: skip
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.allow_tf32 = True
     data.tune(True)
     return entries
 
@@ -499,8 +495,7 @@ if __name__ == "__main__":
         if not set(chosen) <= set(ROWS):
             raise data.UserError(f"--{name} are {','.join(ROWS)}, not {','.join(chosen)}")
     torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("high")  # as the scripts do: TF32 on a GPU
-    torch.backends.cudnn.benchmark = True
+    data.tune(True)
     where = "one CPU thread" if on_cpu else torch.cuda.get_device_name(device)
     print(f"torch {torch.__version__}, {where};", *(f"{k}={v}" for k, v in preset.items()), flush=True)
     result = dict(args=asdict(args), device=where, torch=torch.__version__, forwards={}, times=[], gains=[], scripts=[],
@@ -518,8 +513,7 @@ if __name__ == "__main__":
     settings += [(row, mode, False) for row in wanted_rows["scripts"] for mode in modes]
     if settings:
         print(f"\n{'steps of the scripts':<46}{'ms':>9}{'x floor':>9}   quartiles")
-    # Past this limit, 8 by default, code runs eagerly in silence.
-    torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 64, True
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     for row, mode, compiled in settings:
         try:
             entry = script_step(row, args, mode, compiled)

@@ -389,9 +389,7 @@ if __name__ == "__main__":
     if not run:
         data.write_arguments(run_dir, args, info, preset, writer)
         checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
-    print(f"{run_dir}: {sum(p.numel() for p in net.parameters()):,} parameters, {info['device']}, images to train, "
-          f"validate and test: {len(d.train.y)}, {len(y_val)}, {len(y_test)}; preset: "
-          + ", ".join(f"{k} {v}" for k, v in preset.items()), flush=True)
+    data.announce(run_dir, net, d, info, preset)
 
     # Training.
     bar = tqdm(total=args.epochs * steps, initial=progress["epoch"] * steps, disable=distributed.rank() > 0 or None)

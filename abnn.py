@@ -743,10 +743,7 @@ if __name__ == "__main__":
     if not run:
         data.write_arguments(run_dir, args, info, preset, writer)
         checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
-    what = "clips" if video else "images"
-    print(f"{run_dir}: {sum(p.numel() for p in net.parameters() if p.requires_grad):,} parameters to train, "
-          f"{info['device']}, {what} to train, validate and test: {len(d.train.y)}, {len(y_val)}, {len(y_test)}; "
-          "preset: " + ", ".join(f"{k} {v}" for k, v in preset.items()), flush=True)
+    data.announce(run_dir, net, d, info, preset)
 
     # Training.
     bar = tqdm(total=args.epochs * steps, initial=progress["epoch"] * steps, disable=distributed.rank() > 0 or None)
@@ -790,13 +787,13 @@ if __name__ == "__main__":
             checkpoint("best.pt")
         checkpoint("last.pt")  # last of all: a run that dies before it repeats the epoch, and finds everything in place
         shown = ", ".join(f"{k} {v:.3f}" for k, v in scalars.items() if k.startswith(("losses", "val")))
-        bar.write(f"epoch {epoch + 1}/{args.epochs}: {shown}, {speed:.0f} {what}/s")
+        bar.write(f"epoch {epoch + 1}/{args.epochs}: {shown}, {speed:.0f} {d.kind}/s")
         sys.stdout.flush()  # a log shows each epoch when it ends
     bar.close()
 
     # Final evaluation: the test split, for the first and only time.
     data.tune(False, exact=True)
-    print(f"testing on {len(y_test)} {what} at eps {255 * eps_test:g}/255 ...", flush=True)
+    print(f"testing on {len(y_test)} {d.kind} at eps {255 * eps_test:g}/255 ...", flush=True)
     table, others = {}, [partial(net, detach=True), net.twin] if args.defense == "abnn" else []
     for names, state in data.checkpoints(args.eval_only or run_dir, SCRIPT):
         net.load_state_dict(state["net"])

@@ -73,6 +73,10 @@ class Data:
     test: Split
     augment: dict  # arguments of `batches` for the training images of this set: pad and flip, and are they streamed
 
+    @property
+    def kind(self):
+        return "clips" if self.test.x.ndim == 5 else "images"
+
 
 def _write(path, content):
     path = Path(path)
@@ -194,13 +198,26 @@ def new_folder(parent, name):
     return distributed.agree(path)
 
 
+def _shown(values):
+    """Arguments as people write them."""
+    return {k: f"{255 * v:g}/255" if k in ("eps", "step_size") and v is not None else v for k, v in values.items()}
+
+
 def write_arguments(run_dir, args, info, filled_in, writer):
     """args.json, and a table of the same in TensorBoard; `filled_in` are the arguments that the user left out. From
     here on an interruption says how to continue this run."""
     on_interrupt(run_dir)
     save(run_dir / "args.json", {**info, "args": vars(args), "preset": [*filled_in]})
-    rows = "\n".join(f"|{k}|{v}|" for k, v in {**vars(args), **info}.items())
+    rows = "\n".join(f"|{k}|{v}|" for k, v in {**_shown(vars(args)), **info}.items())
     writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + rows)
+
+
+def announce(run_dir, net, d, info, filled_in):
+    """What is about to start, in a line."""
+    parameters = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    print(f"{run_dir}: {parameters:,} parameters to train, {info['device']}, {d.kind} to train, validate and test: "
+          f"{len(d.train.y)}, {len(d.val.y)}, {len(d.test.y)}; preset: "
+          + ", ".join(f"{k} {v}" for k, v in _shown(filled_in).items()), flush=True)  # fmt: skip
 
 
 def checkpoints(run, script):

@@ -45,14 +45,15 @@ def train(split, eps, epochs, seed=0, width=16):
 
 
 @pytest.fixture(autouse=True)
-def short_curve(monkeypatch):
-    monkeypatch.setitem(tool.QUICK, "curve_n", 20)  # of the 80 images: many audits run here
+def quicker(monkeypatch):
+    for name, value in dict(curve_n=20, margin_steps=20, restarts=1, noise=10).items():  # many audits run here
+        monkeypatch.setitem(tool.QUICK, name, value)
 
 
 @pytest.fixture(scope="module")
 def digits():
     d = data.load("digits", train_size=4000)
-    return SimpleNamespace(x=data.to_float(d.test.x[:80]), y=d.test.y[:80], split=d.train,
+    return SimpleNamespace(x=data.to_float(d.test.x[:50]), y=d.test.y[:50], split=d.train,
                            train=(data.to_float(d.train.x[:1000]), d.train.y[:1000]))  # fmt: skip
 
 
@@ -263,7 +264,7 @@ def test_honest_network_passes_with_autoattack(digits, robust, surrogate):
     assert result["clean"] > 0.7
     assert {"fgsm", "transfer", "apgd-ce", "+ apgd-t", "square, 500 queries"} <= set(result["attacks"])
     assert result["autoattack"] is None and any("only parts of AutoAttack" in line for line in lines)  # quick
-    assert lines[-1].endswith(f"on 80 images stands: {len(CHECKS)} checks passed, quick mode")
+    assert lines[-1].endswith(f"on 50 images stands: {len(CHECKS)} checks passed, quick mode")
     json.dumps(result, allow_nan=False)
 
 
@@ -273,7 +274,7 @@ def test_undefended_network_masks_nothing_and_has_no_robustness(digits, undefend
     assert result["warnings"] == []
     assert result["clean"] > 0.8 and result["worst"] < 0.1
     curve, few = result["steps_curve"], result["steps_curve"]["evaluated"]
-    assert few == min(80, tool.QUICK["curve_n"]) and list(curve["accuracy"]) == ["ce", "margin"]
+    assert few == min(50, tool.QUICK["curve_n"]) and list(curve["accuracy"]) == ["ce", "margin"]
     for points in curve["accuracy"].values():
         assert tuple(points) == tool.QUICK["curve_steps"]
         values = list(points.values())

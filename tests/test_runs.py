@@ -131,22 +131,23 @@ def test_single_batchnorm_training_is_a_plain_pgd_loop_bit_for_bit(runs):
 
 
 def test_killed_in_the_middle_of_an_epoch_it_resumes_to_the_same_bits(tiny, runs):
-    for epoch in (1, 2):  # in the second epoch of stage 1, in stage 2
-        known = set(runs.glob("*"))
-        process = start(TINY, runs)
+    known, arguments = set(runs.glob("*")), TINY
+    for epoch in (1, 2):  # in the second epoch of stage 1; resumed, in stage 2
+        process = start(arguments, runs)
         run = wait_for(runs, known, lambda r, e=epoch: epochs_done(r) >= e, process)
         shown = EventAccumulator(str(run)).Reload().Scalars("val/clean_acc")  # TensorBoard follows a live run
         assert process.poll() is None and len(shown) >= epoch
         process.send_signal(signal.SIGKILL)
         process.wait()
-        # As a program: TensorBoard orders its files by the second of their start, and this process would take none.
-        assert finished(f"--resume {run}", runs)[0] is None  # no folder of its own
-        assert same(weights(tiny / "last.pt"), weights(run / "last.pt"))
-        assert same(weights(tiny / "best.pt"), weights(run / "best.pt"))
-        first, second = (json.loads((r / "results.json").read_text()) for r in (tiny, run))
-        assert first["checkpoints"] == second["checkpoints"] and first["method"] == second["method"]
-        events = EventAccumulator(str(run)).Reload()
-        assert [e.step for e in events.Scalars("val/clean_acc")] == [6, 12, 18]
+        arguments = f"--resume {run}"
+    # As a program: TensorBoard orders its files by the second of their start, and this process would take none.
+    assert finished(arguments, runs)[0] is None  # no folder of its own
+    assert same(weights(tiny / "last.pt"), weights(run / "last.pt"))
+    assert same(weights(tiny / "best.pt"), weights(run / "best.pt"))
+    first, second = (json.loads((r / "results.json").read_text()) for r in (tiny, run))
+    assert first["checkpoints"] == second["checkpoints"] and first["method"] == second["method"]
+    events = EventAccumulator(str(run)).Reload()
+    assert [e.step for e in events.Scalars("val/clean_acc")] == [6, 12, 18]
 
 
 def test_ctrl_c_says_how_to_continue(runs):

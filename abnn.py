@@ -24,7 +24,6 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -215,6 +214,8 @@ class GroupNet(nn.Module):
             self.groups = nn.ModuleList(nn.Sequential(nn.Conv3d(a, b, 3, stride, 1, bias=False), nn.BatchNorm3d(b),
                                                       nn.ReLU()) for a, b, stride in layers)
         else:
+            import torchvision  # here, as in data.environment
+
             net = torchvision.models.get_model(arch.replace("r3d", "r3d_"))
             stem = net.stem if self.video else nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
             self.groups = nn.ModuleList([stem, net.layer1, net.layer2, net.layer3, net.layer4])
@@ -441,6 +442,8 @@ def train_epoch(net, optimizer, d, args, epoch, bar=None):
 
 def pretrained(name, net):
     """Give the groups of a GroupNet the weights that torchvision has for them."""
+    import torchvision
+
     weights = torchvision.models.get_weight(PRETRAINED[name][1])
     try:
         with distributed.first_alone():  # it downloads

@@ -37,7 +37,6 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
-import torchvision
 import tyro
 
 from common import distributed
@@ -382,6 +381,8 @@ def peak_memory(device):
 def environment(device):
     """What a result came from: the command, the device, the versions and the commit (None outside a git checkout), with
     -dirty behind it when a program differs from it: the tables that a list of runs fills may."""
+    import torchvision  # not above: it takes as long as torch itself, and neither --help nor a refusal needs it
+
     git = f"git -C {shlex.quote(str(Path(__file__).resolve().parent.parent))}"
     git = f'{git} describe --always && ({git} diff --quiet HEAD -- "*.py" || echo dirty)'
     return dict(

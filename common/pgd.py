@@ -20,7 +20,6 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
 
 from common import distributed
 from common.data import to_float
@@ -307,8 +306,10 @@ def attack_metrics(model, x, y, x_adv):
 
 def attack_images(x, x_adv, n=8):
     """One image (3, h, w) of rows: the first n of x (of clips the first frames), of x_adv, 10 x their difference."""
+    from torchvision.utils import make_grid  # here, as in data.environment
+
     rows = torch.cat([x[:n], x_adv[:n], (0.5 + 10 * (x_adv - x)[:n]).clamp(0, 1)])
-    return torchvision.utils.make_grid(rows if x.ndim == 4 else rows[:, :, 0], nrow=len(x[:n]))
+    return make_grid(rows if x.ndim == 4 else rows[:, :, 0], nrow=len(x[:n]))
 
 
 # --- Masks, and where to put them. x are images (N, C, H, W) or clips (N, C, T, H, W), in which every frame has a place

@@ -850,7 +850,7 @@ def draw_digits(n, seed):
     def draw(low, high, *shape):  # uniform integers, both ends included
         return torch.randint(low, high + 1, shape, generator=g)
 
-    glyphs = _glyphs()
+    glyphs = _glyphs().int()
     normal = NormalDist(0, 0.03 * 255 * 64)
     noise_of = torch.tensor([round(normal.inv_cdf((k + 0.5) / 256)) for k in range(256)], dtype=torch.int32)
     radians = [math.radians(degrees) for degrees in range(-180, 181)]
@@ -878,20 +878,24 @@ def draw_digits(n, seed):
             texels = draw(2340, 3000, m)  # table texels per pixel, in 1/1024: a font cell is 2.4 to 3.5 pixels
             shear = draw(-154, 154, m)
             c, s = cosine[angle] * texels >> 10, sine[angle] * texels >> 10
-            m00, m01, m10, m11 = c + (s * shear >> 10), s, -s + (c * shear >> 10), c
-            j = torch.arange(32)[None, None, :] * 2 - 31 - 2 * draw(-x0, x0, m)[:, None, None]
-            i = torch.arange(32)[None, :, None] * 2 - 31 - 2 * draw(-y0, y0, m)[:, None, None]
-            u = (m00[:, None, None] * j + m01[:, None, None] * i >> 11) + 36
-            v = (m10[:, None, None] * j + m11[:, None, None] * i >> 11) + 36
+            # 32 bits are enough from here on, and take half the time of 64.
+            affine = c + (s * shear >> 10), s, -s + (c * shear >> 10), c
+            m00, m01, m10, m11 = (t.int()[:, None, None] for t in affine)
+            j = (torch.arange(32) * 2 - 31 - 2 * draw(-x0, x0, m)[:, None]).int()[:, None, :]
+            i = (torch.arange(32) * 2 - 31 - 2 * draw(-y0, y0, m)[:, None]).int()[:, :, None]
+            u = (m00 * j + m01 * i >> 11) + 36
+            v = (m10 * j + m11 * i >> 11) + 36
             inside = (u >= 0) & (u < 80) & (v >= 0) & (v < 80)
             which = torch.full((m,), 10) if stroke else shown
-            coverage = glyphs[which[:, None, None], v.clamp(0, 79), u.clamp(0, 79)] * inside
+            texel = ((which.int()[:, None, None] * 80 + v) * 80 + u) * inside  # its place in the table, or any
+            coverage = glyphs.take(texel.long()) * inside
             # Per channel, one sign for all three.
-            contrast = draw(*((48, 96) if stroke else (90, 150)), m, 3) * (2 * draw(0, 1, m, 1) - 1)
-            canvas += (coverage[..., None] * contrast[:, None, None, :] * 64 // 255).to(torch.int32)
+            contrast = 64 * draw(*((48, 96) if stroke else (90, 150)), m, 3) * (2 * draw(0, 1, m, 1) - 1)
+            canvas += (coverage[..., None] * contrast.int()[:, None, None]).floor_divide_(255)
         amplitude = draw(0, 52, m).to(torch.int32)  # of the texture: 0 to 13 grey levels, in quarters
-        canvas += texture[y] * amplitude[:, None, None, None] * 16
-        canvas += noise_of[torch.randint(0, 256, canvas.shape, generator=g, dtype=torch.uint8).int()]
+        canvas.addcmul_(texture[y], 16 * amplitude[:, None, None, None])
+        noise = torch.randint(0, 256, canvas.shape, generator=g, dtype=torch.uint8)
+        canvas += noise_of.index_select(0, noise.int().flatten()).view_as(canvas)
         images.append((canvas + 32 >> 6).clamp_(0, 255).to(torch.uint8))
         labels.append(y)
     return torch.cat(images).numpy(), torch.cat(labels).numpy()
@@ -914,7 +918,7 @@ CLIP = (8, 32)  # frames of a clip, pixels a side
 
 
 def draw_moving_digits(n, seed):
-    """n clips (n, 8, 32, 32, 3) uint8 and their labels (n,) int64, as numpy arrays. Takes about 1 ms a clip."""
+    """n clips (n, 8, 32, 32, 3) uint8 and their labels (n,) int64, as numpy arrays. Takes about 0.6 ms a clip."""
     g = torch.Generator().manual_seed(seed)
 
     def draw(low, high, *shape):  # uniform integers, both ends included
@@ -932,7 +936,7 @@ def draw_moving_digits(n, seed):
         texel = ((at + 32 * size) % (64 * size) - 32 * size) * 9 // 128 + 40  # 4.5 texels a pixel
         inside = (texel >= 0) & (texel < 80)
         u, v = texel.clamp(0, 79).unbind(2)
-        found = glyphs[digit[:, None, None, None], v[..., :, None], u[..., None, :]]
+        found = glyphs.take(((digit[:, None, None] * 80 + v) * 80)[..., :, None] + u[..., None, :])
         return found * (inside[:, :, 1, :, None] & inside[:, :, 0, None, :])
 
     clips, labels = [], []
@@ -952,7 +956,8 @@ def draw_moving_digits(n, seed):
             contrast = draw(70, 130, m, 3) * (2 * draw(0, 1, m, 1) - 1)  # one sign for the three channels
             shape = coverage(draw(0, 9, m), place) >> 1  # 0 to 127: the product fits 16 bits
             canvas += shape[..., None] * contrast[:, None, None, None].to(torch.int16) >> 7
-        canvas += noise_of[torch.randint(0, 256, canvas.shape, generator=g, dtype=torch.uint8).int()]
+        noise = torch.randint(0, 256, canvas.shape, generator=g, dtype=torch.uint8)
+        canvas += noise_of.index_select(0, noise.int().flatten()).view_as(canvas)
         clips.append(canvas.clamp_(0, 255).to(torch.uint8))
         labels.append(y)
     return torch.cat(clips).numpy(), torch.cat(labels).numpy()

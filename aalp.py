@@ -12,7 +12,6 @@ Embedded data, 8/255, 3 seeds, worst case over all attacks: 81.8 % (ALP: 82.1, w
 
 import json
 import math
-import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
@@ -358,7 +357,7 @@ if __name__ == "__main__":
     device = data.device(args.device)
     d = data.load_as(args, device)
     x_val, y_val, x_test, y_test = data.to_float(d.val.x), d.val.y, data.to_float(d.test.x), d.test.y
-    data.tune(False)  # evaluation has many
+    data.tune(False)  # not yet: evaluation has batches of many sizes
     torch.manual_seed(args.seed)
     net = (net if run else build(args, len(d.classes))).to(device, memory_format=torch.channels_last)
     if args.compile:
@@ -437,7 +436,7 @@ if __name__ == "__main__":
         scalars["aalp/label_leak"] = scalars.pop("aalp/masked_acc") - scalars["train/clean_acc"]  # through the mask
         distributed.average_statistics(net)
         seconds = time.time() - started
-        data.tune(False)  # evaluation has many
+        data.tune(False)
 
         # Validation, and the paper's two observations on images of the training split.
         net.eval()
@@ -460,18 +459,13 @@ if __name__ == "__main__":
         scalars |= {f"attack/{k}": v for k, v in attack_metrics(net, x_few, y_few, x_adv).items()}
         scalars |= {f"aalp/{k}": v for k, v in seen.items()}
         writer.add_histogram("aalp/sample_weights", weights, step)  # of one tag, it would hide the scalar
-        for tag, value in scalars.items():
-            writer.add_scalar(tag, value, step)
-        writer.add_image("attack/clean_adversarial_10x", attack_images(x_few, x_adv), step)
-        writer.flush()
+        title, image = f"epoch {epoch + 1}/{args.epochs}", attack_images(x_few, x_adv)
+        data.log_epoch(writer, bar, title, step, scalars, image, d.kind)
         progress.update(epoch=epoch + 1, train_seconds=progress["train_seconds"] + seconds)
         if score > progress["best"] or progress["best"] <= 0:  # while no epoch counts, the latest
             progress["best"] = score
             checkpoint("best.pt")
         checkpoint("last.pt")  # last of all: a run that dies before it repeats the epoch, and finds everything in place
-        shown = ", ".join(f"{k} {v:.3f}" for k, v in scalars.items() if k.startswith(("losses", "val")))
-        bar.write(f"epoch {epoch + 1}/{args.epochs}: {shown}, {speed:.0f} images/s")
-        sys.stdout.flush()  # a log shows each epoch when it ends
     bar.close()
 
     # Final evaluation: the test split, for the first and only time.

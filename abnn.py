@@ -13,7 +13,6 @@ who follows it 0.0 %. Clean 96.5 %, adversarial training 88.5 %. Embedded video,
 """
 
 import math
-import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
@@ -33,13 +32,13 @@ from common.pgd import (
     attack_images,
     attack_metrics,
     frame_mask,
-    lead,
     likeliest_wrong,
     masked_attack,
     pgd,
     pgd10,
     robustness_curve,
     survivors,
+    unbroken,
     universal,
 )
 
@@ -400,17 +399,6 @@ def optimizer_of(net, args):
     return torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=True, weight_decay=args.weight_decay)
 
 
-def train_step(net, optimizer, x, y, args, rise=1.0, generator=None):
-    """One step of the optimizer; terms of the loss, and logits."""
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
-        loss, terms, logits = training_loss(net, x, y, args, rise, generator)
-    optimizer.zero_grad()
-    loss.backward()
-    distributed.average_gradients(optimizer)
-    optimizer.step()
-    return terms, logits
-
-
 def train_epoch(net, optimizer, d, args, epoch, bar=None):
     """Train for an epoch, whose chance is that of (seed, epoch). Means of loss terms and of accuracy, {tag: number}."""
     data.tune(True)  # to search for fast convolutions pays in training, which has few batch sizes
@@ -428,7 +416,12 @@ def train_epoch(net, optimizer, d, args, epoch, bar=None):
         for group in optimizer.param_groups:
             group["lr"] = factor * group["peak"]
         rise = min(1.0, t / args.eps_warmup_epochs) if args.eps_warmup_epochs else 1.0
-        terms, logits = train_step(net, optimizer, x, y, args, rise, generator)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
+            loss, terms, logits = training_loss(net, x, y, args, rise, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        distributed.average_gradients(optimizer)
+        optimizer.step()
         for k, v in terms.items():  # the sums stay on the device: to read one here would stall it
             sums[f"losses/{k}"] += v.detach() / steps
         name = "train/robust_acc" if args.defense == "at" else "train/clean_acc"
@@ -436,7 +429,7 @@ def train_epoch(net, optimizer, d, args, epoch, bar=None):
         if bar is not None:
             bar.update()
     distributed.average_statistics(net)
-    data.tune(False)  # evaluation has many
+    data.tune(False)
     return data.means(sums, epoch, args.lr)
 
 
@@ -583,21 +576,6 @@ def craft(name, source, x, y, args, generator, **how):
     return masked_attack(name, source, x, y, sizes(args)[name.split("_")[0]], generator=generator, **how)
 
 
-def left(alive, name, source, net, x, y, args, generator, part, target=None, **how):
-    """Which of the samples `alive`, a mask (N,), `net` still gets right, attacked on `source`; `part` at a time.
-
-    With `target`, classes (N,), by the loss `lead` towards them. Of several processes each draws for its share.
-    """
-    alive = alive.clone()
-    mine = alive.nonzero().squeeze(1)[distributed.share(int(alive.sum()))]
-    for i in mine.split(part) if len(mine) else ():
-        how |= {} if target is None else {"loss": partial(lead, target=target[i])}
-        x_adv = craft(name, source, data.to_float(x[i]), y[i], args, generator, **how)
-        with torch.no_grad():
-            alive[i] = net(x_adv).argmax(1) == y[i]
-    return distributed.everywhere(alive)
-
-
 def above(a, b):
     """Is accuracy `a` above `b` (masks of the same images) by more than two standard errors?"""
     return (a.sum() - b.sum()).item() > 2 * (a != b).sum().item() ** 0.5
@@ -629,11 +607,13 @@ def evaluate_threats(net, x, y, known, args, part):
             if name == "af_universal":
                 border = frame_mask(sizes(args)["af"], known[0])
                 how = {**how, "frame": universal(source, *known, border, generator=generator, **{"steps": 50, **how})}
-            alive[row] = left(clean, name, source, net, x, y, args, generator, part, **how)
+            attack = partial(craft, name, source, args=args, generator=generator)
+            alive[row] = unbroken(attack, net, x, y, clean, part, **how)
         white, generator = alive["C ce"] & alive["C margin"], torch.Generator(x.device).manual_seed(1)
         if name != "af_universal":  # more steps, other places, other goals, for what the rows before leave
+            attack = partial(craft, name, net, args=args, generator=generator, keep_best=True)
             for how in strong:
-                white = left(white, name, net, net, x, y, args, generator, part, keep_best=True, **how)
+                white = unbroken(attack, net, x, y, white, part, **how)
             alive["C strong"] = white
         warnings += [f"{name}: the white box C leaves {white.float().mean():.3f}, but {row} {mask.float().mean():.3f}: "
                      "the attack under C fails, and its accuracy is no evidence"
@@ -713,7 +693,7 @@ if __name__ == "__main__":
     x_val, y_val = data.centre_clips(d.val.x, args.frames, side) if video else d.val.x, d.val.y
     x_test, y_test = d.test.x, d.test.y
     part = max(500 * 32**2 // ((args.frames if video else 1) * side**2), 16)  # samples in a pass of the evaluation
-    data.tune(False)  # evaluation has many
+    data.tune(False)  # not yet: evaluation has batches of many sizes
     torch.manual_seed(args.seed)
     net = (net if run else build(args, len(d.classes))).to(device, memory_format=torch.channels_last)
     if not run and args.defense == "abnn":
@@ -764,9 +744,8 @@ if __name__ == "__main__":
         robust = survivors(net, x_val[:n], y_val[:n], clean[:n], eps=eps_test, steps=10, norm=args.norm,
                            batch_size=part)
         val = {k: mask.sum().item() / len(mask) for k, mask in (("clean_acc", clean), ("robust_acc", robust))}
-        score = val["robust_acc" if by_robust else "clean_acc"]
-        if val["clean_acc"] <= majority + 0.01:  # one class for everything resists all attacks, and is no classifier
-            score = 0.0
+        # One class for everything resists all attacks, and is no classifier.
+        score = val["robust_acc" if by_robust else "clean_acc"] if val["clean_acc"] > majority + 0.01 else 0.0
         x_few, y_few, step = data.to_float(x_val[:few]), y_val[:few], (epoch + 1) * steps
         x_adv = pgd10(net, x_few, y_few, eps_test, args.norm)
         speed = per_epoch / seconds
@@ -780,18 +759,13 @@ if __name__ == "__main__":
                     net(images, record=(record := []))
                 scalars[f"abnn/distance_{kind}"] = distance(record).item()
                 progress["history"].setdefault(f"distance_{kind}", []).append(scalars[f"abnn/distance_{kind}"])
-        for tag, value in scalars.items():
-            writer.add_scalar(tag, value, step)
-        writer.add_image("attack/clean_adversarial_10x", attack_images(x_few, x_adv), step)
-        writer.flush()
+        title, image = f"epoch {epoch + 1}/{args.epochs}", attack_images(x_few, x_adv)
+        data.log_epoch(writer, bar, title, step, scalars, image, d.kind)
         progress.update(epoch=epoch + 1, train_seconds=progress["train_seconds"] + seconds)
         if score > progress["best"] or progress["best"] <= 0:  # while no epoch counts, the latest
             progress["best"] = score
             checkpoint("best.pt")
         checkpoint("last.pt")  # last of all: a run that dies before it repeats the epoch, and finds everything in place
-        shown = ", ".join(f"{k} {v:.3f}" for k, v in scalars.items() if k.startswith(("losses", "val")))
-        bar.write(f"epoch {epoch + 1}/{args.epochs}: {shown}, {speed:.0f} {d.kind}/s")
-        sys.stdout.flush()  # a log shows each epoch when it ends
     bar.close()
 
     # Final evaluation: the test split, for the first and only time.

@@ -10,7 +10,6 @@ Embedded data, 8/255, 3 seeds: 90.1 % clean, 70.7 % under PGD-20, 57.1 % in the 
 """
 
 import math
-import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
@@ -371,7 +370,7 @@ if __name__ == "__main__":
     device = data.device(args.device)
     d = data.load_as(args, device)
     x_val, y_val, x_test, y_test = data.to_float(d.val.x), d.val.y, data.to_float(d.test.x), d.test.y
-    data.tune(False)  # evaluation has many
+    data.tune(False)  # not yet: evaluation has batches of many sizes
     torch.manual_seed(args.seed)
     net = (net if run else build(args, len(d.classes))).to(device, memory_format=torch.channels_last)
     if args.compile:
@@ -459,7 +458,7 @@ if __name__ == "__main__":
         scalars = data.means(sums, epoch, args.lr)
         distributed.average_statistics(net)
         seconds = time.time() - started
-        data.tune(False)  # evaluation has many
+        data.tune(False)
 
         # Validation: in stage 1 each end on its own kind of data, in stage 2 the whole model on both.
         net.eval()
@@ -486,18 +485,13 @@ if __name__ == "__main__":
                 weights = torch.stack([w for _, w in record])
                 scalars[f"afa/weight_{kind}"] = weights.mean().item()
                 writer.add_histogram(f"afa/weights_{kind}", weights, step)  # of one tag, it would hide the scalar
-        for tag, value in scalars.items():
-            writer.add_scalar(tag, value, step)
-        writer.add_image("attack/clean_adversarial_10x", attack_images(x_few, x_adv), step)
-        writer.flush()
+        title, image = f"epoch {epoch + 1}/{len(stages)}", attack_images(x_few, x_adv)
+        data.log_epoch(writer, bar, title, step, scalars, image, d.kind)
         progress.update(epoch=epoch + 1, train_seconds=progress["train_seconds"] + seconds)
         if stage == stages[-1] and (score > progress["best"] or progress["best"] <= 0):  # while none counts, the latest
             progress["best"] = score
             checkpoint("best.pt")
         checkpoint("last.pt")  # last of all: a run that dies before it repeats the epoch, and finds everything in place
-        shown = ", ".join(f"{k} {v:.3f}" for k, v in scalars.items() if k.startswith(("losses", "val")))
-        bar.write(f"epoch {epoch + 1}/{len(stages)}: {shown}, {speed:.0f} images/s")
-        sys.stdout.flush()  # a log shows each epoch when it ends
     bar.close()
 
     # Final evaluation: the test split, for the first and only time.

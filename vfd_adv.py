@@ -11,7 +11,6 @@ Embedded data, 8/255, 3 seeds, worst case: AT 79.7 %, with VFD 80.1 %; clean 87.
 """
 
 import math
-import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
@@ -251,12 +250,10 @@ def vanilla_teacher(args, d):
             loss.backward()
             distributed.average_gradients(optimizer)
             optimizer.step()
-        last = distributed.mean(loss).item()
+        last = data.means({"loss": loss}, epoch, args.teacher_lr, "--teacher-lr")["loss"]
         print(f"teacher, epoch {epoch + 1}/{args.teacher_epochs}: last loss {last:.3f}", flush=True)
-        if not math.isfinite(last):
-            raise data.UserError(f"the teacher's loss is not finite: try a lower --teacher-lr than {args.teacher_lr:g}")
     distributed.average_statistics(teacher)
-    data.tune(False)  # evaluation has many
+    data.tune(False)
     data.save(path, dict(script="teacher", args=own, classes=len(d.classes), net=teacher.state_dict()))
     return path
 
@@ -392,7 +389,7 @@ if __name__ == "__main__":
     device = data.device(args.device)
     d = data.load_as(args, device)
     x_val, y_val, x_test, y_test = data.to_float(d.val.x), d.val.y, data.to_float(d.test.x), d.test.y
-    data.tune(False)  # evaluation has many
+    data.tune(False)  # not yet: evaluation has batches of many sizes
     teacher, projection = None, nn.Identity()
     if args.teacher or args.lambda_adv != 0 or args.lambda_nat != 0:  # None is not 0 yet
         path = run_dir / "teacher.pt" if run else args.teacher or vanilla_teacher(args, d)
@@ -501,7 +498,7 @@ if __name__ == "__main__":
         scalars = data.means(sums, epoch, args.lr)
         distributed.average_statistics(net)
         seconds = time.time() - started
-        data.tune(False)  # evaluation has many
+        data.tune(False)
 
         # Validation, and the distances to the teacher on images of the training split.
         net.eval()
@@ -521,18 +518,13 @@ if __name__ == "__main__":
         scalars |= {f"val/{k}": v for k, v in val.items()}
         scalars |= {f"attack/{k}": v for k, v in attack_metrics(net, x_few, y_few, x_adv).items()}
         scalars |= {f"vfd/{k}": v for k, v in seen.items()}
-        for tag, value in scalars.items():
-            writer.add_scalar(tag, value, step)
-        writer.add_image("attack/clean_adversarial_10x", attack_images(x_few, x_adv), step)
-        writer.flush()
+        title, image = f"epoch {epoch + 1}/{args.epochs}", attack_images(x_few, x_adv)
+        data.log_epoch(writer, bar, title, step, scalars, image, d.kind)
         progress.update(epoch=epoch + 1, train_seconds=progress["train_seconds"] + seconds)
         if score > progress["best"] or progress["best"] <= 0:  # while no epoch counts, the latest
             progress["best"] = score
             checkpoint("best.pt")
         checkpoint("last.pt")  # last of all: a run that dies before it repeats the epoch, and finds everything in place
-        shown = ", ".join(f"{k} {v:.3f}" for k, v in scalars.items() if k.startswith(("losses", "val")))
-        bar.write(f"epoch {epoch + 1}/{args.epochs}: {shown}, {speed:.0f} images/s")
-        sys.stdout.flush()  # a log shows each epoch when it ends
     bar.close()
 
     # Final evaluation: the test split, for the first and only time.

@@ -36,6 +36,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch._dynamo  # as an optimiser does
+import torchvision  # noqa: F401, as a run does
 import tyro
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

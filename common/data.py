@@ -1,5 +1,5 @@
 """Data sets as uint8 tensors on the device, batches as tensor operations, and the plumbing around them: users' errors,
-devices, folders, files.
+devices, folders, files, what a run prints, logs and leaves.
 
 A data set is three `Split`s (train, val, test) of images (N, H, W, 3) uint8 and labels (N,) int64. Everything that fits
 lives on the device; a batch is one gather that crops and flips on the way (no worker processes, no per-image Python).
@@ -219,12 +219,25 @@ def announce(run_dir, net, d, info, filled_in):
           + ", ".join(f"{k} {v}" for k, v in _shown(filled_in).items()), flush=True)  # fmt: skip
 
 
+def log_epoch(writer, bar, title, step, scalars, image, kind):
+    """An epoch's `scalars` {tag: number} and `image` (3, h, w) to TensorBoard; its losses, what validation found and
+    the speed, in `kind`s a second, to the terminal too."""
+    for tag, value in scalars.items():
+        writer.add_scalar(tag, value, step)
+    writer.add_image("attack/clean_adversarial_10x", image, step)
+    writer.flush()
+    shown = ", ".join(f"{k} {v:.3f}" for k, v in scalars.items() if k.startswith(("losses", "val")))
+    bar.write(f"{title}: {shown}, {scalars['charts/images_per_second']:.0f} {kind}/s")
+    sys.stdout.flush()  # a log shows each epoch when it ends
+
+
 def checkpoints(run, script):
     """What is tested of a run: (names, state) of its best and of its last checkpoint, once where both are of the same
     epoch, or of the .pt file that `run` is. Raises UserError as `checkpoint_of` does."""
     found = {}
     for name in ("best.pt", "last.pt") if Path(run).is_dir() else (run,):
         with checkpoint_of(run, name, script, "cpu") as state:
+            state["net"]  # a file without a network is refused here, before the first one has been tested for minutes
             found.setdefault(state["epoch"], ([], state))[0].append(Path(name).stem)
     return found.values()
 
@@ -232,7 +245,11 @@ def checkpoints(run, script):
 def publish(args, run_dir, writer, step, results, lines, points=()):
     """The end of a run, after optimiser step `step`: `results` to results.json, or with --eval-only to eval.json; the
     tables of checkpoints and curves, and a method's own `lines` (tuples), to the terminal; both tables, and a method's
-    own `points` (tag, value, x), to TensorBoard, which is closed."""
+    own `points` (tag, value, x), to TensorBoard, which is closed.
+
+    The tables are results["checkpoints"] {name: {column: number}} and results["method"]["curves"] {name: {255 eps:
+    accuracy}}, of which the model's own is results["robustness_curve"].
+    """
     written = run_dir / ("eval.json" if args.eval_only else "results.json")
     save(written, results)
     table, curves = results["checkpoints"], results["method"]["curves"]
@@ -318,7 +335,7 @@ def on_interrupt(run_dir):
 
     def failed(kind, error, trace):  # of files written by others than `save`, whose own error says all
         if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            sys.__excepthook__(kind, error, trace)
+            distributed.show(kind, error, trace)
         elif threading.current_thread() is threading.main_thread():  # a thread's error is raised again in the main one
             print(f"error: a file cannot be written ({error}); {how_to_go_on()}", file=sys.stderr)
 
@@ -358,12 +375,12 @@ def tune(training, exact=False):
     torch._dynamo.config.recompile_limit = 64  # for modes and flags: beyond it goes eager, silently
 
 
-def means(sums, epoch, lr):
+def means(sums, epoch, lr, flag="--lr"):
     """An epoch's sums on the device, {tag: tensor}, as numbers: means over the processes. Raises UserError when one is
-    not finite."""
+    not finite: the rate `lr`, of the argument `flag`, is too high."""
     found = {k: distributed.mean(v).item() for k, v in sums.items()}
     if not all(math.isfinite(v) for v in found.values()):
-        raise UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower --lr than {lr:g}")
+        raise UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower {flag} than {lr:g}")
     return found
 
 

@@ -36,11 +36,12 @@ def start():
     _host = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
-    sys.excepthook = _hook
+    sys.excepthook = show
 
 
-def _hook(kind, error, trace):
-    """A connection that breaks is another process's end, whose own message should be read, and ends this one too."""
+def show(kind, error, trace):
+    """As Python shows an error. A connection that breaks is another process's end, whose own message should be read
+    first, and ends this one too."""
     if isinstance(error, dist.DistError) or "gloo" in str(error):
         time.sleep(5)
     sys.__excepthook__(kind, error, trace)

@@ -414,3 +414,19 @@ def masked_attack(name, model, x, y, size, *, steps=30, loss="ce", frame=None, g
         corners = search_corners(model, x, y, size, loss) if search else random_corners(size, x, generator)
         mask, colour = square_mask(corners, size, x), 0.5
     return attack(x.masked_fill(mask, colour), mask=mask, random_start=False)
+
+
+def unbroken(attack, model, x, y, alive, batch_size, target=None, **how):
+    """Which of the samples `alive`, a mask (N,), `model` still gets right after attack(x, y, **how), whatever that is.
+
+    x are floats or uint8, `batch_size` samples at a time. With `target`, classes (N,), by the loss `lead` towards them.
+    Of several processes each draws for its share.
+    """
+    alive = alive.clone()
+    mine = alive.nonzero().squeeze(1)[distributed.share(int(alive.sum()))]
+    for i in mine.split(batch_size) if len(mine) else ():
+        how |= {} if target is None else {"loss": partial(lead, target=target[i])}
+        x_adv = attack(to_float(x[i]), y[i], **how)
+        with torch.no_grad():
+            alive[i] = model(x_adv).argmax(1) == y[i]
+    return distributed.everywhere(alive)

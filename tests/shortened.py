@@ -11,24 +11,25 @@ sys.path[:0] = [__file__.rsplit("/", 2)[0]]
 from common import pgd  # noqa: E402
 
 
-def few(name, **limits):
-    """Replace a function of common/pgd.py by itself with at most so much of some arguments."""
+def few(name, steps, **limits):
+    """Name of a function of common/pgd.py, and itself with few steps (`steps`: its default), and so much of others."""
     whole = getattr(pgd, name)
 
     def limited(*args, **kwargs):
-        return whole(*args, **kwargs | {k: min(kwargs[k], v) for k, v in limits.items() if k in kwargs})
+        kwargs = {"steps": steps} | kwargs
+        return whole(*args, **kwargs | {k: min(kwargs[k], v) for k, v in dict(limits, steps=2).items() if k in kwargs})
 
     return name, limited
 
 
 def shorten(replace):
-    """Call replace(module, name, function) for all that the scripts measure robustness with."""
-    for name, function in (few("survivors", steps=2, restarts=1, targets=1), few("masked_attack", steps=2),
-                           few("universal", steps=2)):
+    """Call replace(module, name, function) for what the scripts measure robustness with; the attacks of abnn.py that
+    are plain PGD keep their steps."""
+    for name, function in (few("survivors", 2, restarts=1, targets=1), few("masked_attack", 30), few("universal", 2)):
         replace(pgd, name, function)
-    likeliest_wrong, first = pgd.likeliest_wrong, pgd.pgd
+    likeliest_wrong, whole = pgd.likeliest_wrong, pgd.pgd
     replace(pgd, "likeliest_wrong", lambda model, x, y, k, *rest: likeliest_wrong(model, x, y, 1, *rest))
-    replace(pgd, "pgd10", lambda model, x, y, eps, norm="linf": first(
+    replace(pgd, "pgd10", lambda model, x, y, eps, norm="linf": whole(
         model, x, y, eps=eps, step_size=eps, steps=2, norm=norm, random_start=False))
 
 

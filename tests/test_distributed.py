@@ -55,6 +55,12 @@ def test_two_processes_learn_what_one_does(script, programs, tmp_path):
     assert first == second
 
 
+def test_two_processes_attack_with_the_noise_of_one(programs):
+    one = distributed_program.masks()
+    assert json.loads((programs[0] / "masks.json").read_text()) == one
+    assert all(5 < sum(mask) < 56 for mask in one)  # another noise would leave others
+
+
 def test_an_error_in_one_process_ends_all(programs):
     _, status, errors, seconds = programs
     assert status == 1 and errors.count("ArithmeticError: on purpose") == 1  # gloo may say so too, before torchrun does

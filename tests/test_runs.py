@@ -164,7 +164,10 @@ def test_ctrl_c_says_how_to_continue(runs):
 
 def test_eval_only_repeats_the_results_and_writes_beside_them(tiny, runs, capsys):
     before = (tiny / "results.json").read_bytes()
+    data.tune(True)
+    assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
     assert in_process(f"--eval-only {tiny}", capsys, runs) == (0, "")
+    assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
     again = json.loads((tiny / "eval.json").read_text())
     assert again["checkpoints"] == json.loads(before)["checkpoints"]
     assert (tiny / "results.json").read_bytes() == before

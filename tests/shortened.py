@@ -1,7 +1,8 @@
 """A script with attacks of few steps wherever it measures robustness: `python tests/shortened.py afa.py ...`. For runs
 whose numbers are not the subject: however few the images, those steps take most of a small run's time.
 
-Training is as it is.
+Training is as it is. afa.py is run whole too, and aalp.py's evaluation; what vfd_adv.py and abnn.py measure is tested
+function by function.
 """
 
 import runpy

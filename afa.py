@@ -3,7 +3,7 @@ and one for adversarial features, and a small gate predicts for each image how t
 
 Kai Zhao et al., "Adaptive Feature Alignment for Adversarial Training", https://arxiv.org/abs/2105.15157
 
-    python afa.py                                       # embedded data, ten minutes on two CPU cores
+    python afa.py                                       # embedded data, some ten minutes on two CPU cores
     python afa.py --dataset cifar10 --bf16 --compile    # PreActResNet-18, 30 epochs, on a GPU
 
 Embedded data, 8/255, 3 seeds: 90.1 % clean, 70.7 % under PGD-20, 57.1 % in the worst case (PGD-AT: 87.8, 84.7, 84.3).
@@ -496,7 +496,7 @@ if __name__ == "__main__":
 
     # Final evaluation: the test split, for the first and only time.
     data.tune(False, exact=True)
-    print(f"testing on {len(y_test)} images at eps {255 * eps_test:g}/255 ...", flush=True)
+    print(f"testing on {len(y_test)} images at eps {255 * eps_test:g}/255, hundreds of steps each ...", flush=True)
     table, others = {}, frozen_weights(net, args) if learned else ()
     for names, state in data.checkpoints(args.eval_only or run_dir, SCRIPT):
         net.load_state_dict(state["net"])

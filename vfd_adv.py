@@ -529,7 +529,7 @@ if __name__ == "__main__":
 
     # Final evaluation: the test split, for the first and only time.
     data.tune(False, exact=True)
-    print(f"testing on {len(y_test)} images at eps {255 * eps_test:g}/255 ...", flush=True)
+    print(f"testing on {len(y_test)} images at eps {255 * eps_test:g}/255, hundreds of steps each ...", flush=True)
     table, others = {}, [] if teacher is None else [teacher]
     for names, state in data.checkpoints(args.eval_only or run_dir, SCRIPT):
         net.load_state_dict(state["net"])

@@ -481,12 +481,8 @@ if __name__ == "__main__":
     tested, weights = method["test"], state["history"].get("sample_weight", [])
     method |= {"history": state["history"],
                "mean_pairing_weight": args.pairing_weight * sum(weights) / max(len(weights), 1)}
-    results = {**info, "eps": eps_test, "evaluated": len(y_test), "checkpoints": table,
-               "robustness_curve": method["curves"]["model"], "method": method, "train_seconds": state["train_seconds"],
-               "images_per_second": state["epoch"] * per_epoch / max(state["train_seconds"], 1e-9),
-               "peak_memory_gb": data.peak_memory(device)}
     o1, o2 = ("n50_features", "n90_features", "n50_map", "n90_map"), ("conflicting", "overemphasised")
     lines = [("O1, test", "clean", "adversarial"), *((k, tested[k + "_clean"], tested[k + "_adv"]) for k in o1), (),
              ("O2, test", "logits", "parameters"), *((k, tested[k + "_logits"], tested[k + "_parameters"]) for k in o2)]
-    data.publish(args, run_dir, writer, state["epoch"] * steps, results, lines)
+    data.publish(args, run_dir, writer, d, info, eps_test, state, table, method, lines)
     distributed.finish()

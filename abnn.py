@@ -196,10 +196,11 @@ class PreActResNet(nn.Module):
 class GroupNet(nn.Module):
     """Five groups, pooling, a linear layer: (N, 3, [frames,] H, W) in [0, 1] to logits (N, classes).
 
-    r3d18 and resnet18 are torchvision's; conv3d, five convolutions, is small and fast, for the embedded video.
+    r3d18 and resnet18 are torchvision's, and may have its `weights`, but for the last layer; conv3d, five convolutions,
+    is small and fast, for the embedded video.
     """
 
-    def __init__(self, arch, width, classes):
+    def __init__(self, arch, width, classes, weights=None):
         super().__init__()
         self.video = arch != "resnet18"
         mean, std = {"resnet18": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # those of the pretraining data
@@ -215,7 +216,7 @@ class GroupNet(nn.Module):
         else:
             import torchvision  # here, as in data.environment
 
-            net = torchvision.models.get_model(arch.replace("r3d", "r3d_"))
+            net = torchvision.models.get_model(arch.replace("r3d", "r3d_"), weights=weights)
             stem = net.stem if self.video else nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
             self.groups = nn.ModuleList([stem, net.layer1, net.layer2, net.layer3, net.layer4])
         self.fc = nn.Linear(channels[-1] if arch == "conv3d" else 512, classes)
@@ -433,23 +434,19 @@ def train_epoch(net, optimizer, d, args, epoch, bar=None):
     return data.means(sums, epoch, args.lr)
 
 
-def pretrained(name, net):
-    """Give the groups of a GroupNet the weights that torchvision has for them."""
-    import torchvision
+def pretrained(name, classes):
+    """The network of PRETRAINED with the weights that torchvision has for it, and a new last layer."""
+    from torchvision.models import get_weight
 
-    weights = torchvision.models.get_weight(PRETRAINED[name][1])
+    arch, weights = PRETRAINED[name]
     try:
         with distributed.first_alone():  # it downloads
-            found = weights.get_state_dict(progress=False, check_hash=True)
+            return GroupNet(arch, None, classes, weights)
     except Exception as error:  # network and disk errors have no common base class here
-        file = Path(torch.hub.get_dir(), "checkpoints", weights.url.split("/")[-1])
+        url = get_weight(weights).url
         raise data.UserError(f"the weights of --substitute {name} cannot be downloaded ({type(error).__name__}: {error}"
-                             f"): put {weights.url} at {file}, or use --substitute self") from None
-    names = {"conv1": "groups.0.0", "bn1": "groups.0.1", "stem": "groups.0"}  # of resnet18's and r3d_18's stems
-    names |= {f"layer{i}": f"groups.{i}" for i in range(1, 5)}
-    parts = {k: k.split(".", 1) for k in found if not k.startswith("fc.")}
-    net.load_state_dict({**net.state_dict(), **{f"{names[a]}.{b}": found[k] for k, (a, b) in parts.items()}})
-    return net
+                             f"): put {url} at {Path(torch.hub.get_dir(), 'checkpoints', url.split('/')[-1])}, "
+                             "or use --substitute self") from None
 
 
 def clean_network(args, d, device):
@@ -466,8 +463,8 @@ def clean_network(args, d, device):
     if distributed.agree(path.exists()):
         return load(path, device)[0]
     torch.manual_seed(args.seed)
-    net = build(args, len(d.classes))
-    net = (pretrained(start, net) if start else net).to(device, memory_format=torch.channels_last)
+    net = pretrained(start, len(d.classes)) if start else build(args, len(d.classes))
+    net = net.to(device, memory_format=torch.channels_last)
     optimizer = optimizer_of(net, args)
     for epoch in range(args.epochs):
         means = train_epoch(net, optimizer, d, args, epoch)
@@ -515,7 +512,7 @@ def assemble(net, args, d, device, substitute):
     """Fill an ABNN with a trained S, and with a T that was trained without the layers.  [D4, D5]"""
     its = replace(args, arch=args.substitute_arch, width=args.substitute_width)
     if args.substitute in PRETRAINED:
-        substitute = pretrained(args.substitute, plain_network(args.substitute_arch, None, 1))
+        substitute = pretrained(args.substitute, 1)
     elif args.substitute == "self":
         substitute = clean_network(replace(its, seed=args.seed + 1000), d, device)
     elif substitute is None:
@@ -782,13 +779,9 @@ if __name__ == "__main__":
         table |= dict.fromkeys(names, {"epoch": state["epoch"], **row})
     method = {"threats": threats, "warnings": warnings, "verdict": verdict(threats, len(d.classes)), "curves": curves,
               "history": state["history"], "sizes": sizes(args)}
-    results = {**info, "eps": eps_test, "evaluated": len(y_test), "checkpoints": table,
-               "robustness_curve": method["curves"]["model"], "method": method, "train_seconds": state["train_seconds"],
-               "images_per_second": state["epoch"] * per_epoch / max(state["train_seconds"], 1e-9),
-               "peak_memory_gb": data.peak_memory(device)}
     columns, end = ("clean", *PHYSICAL, "all"), state["epoch"] * steps
     lines = [(args.defense, *columns), *((k, *(row.get(name, "") for name in columns)) for k, row in threats.items()),
              (), *((f"warning: {w}",) for w in warnings), (method["verdict"],)]
     points = [(f"test/{name.replace(' ', '_')}_{k}", v, end) for name, row in threats.items() for k, v in row.items()]
-    data.publish(args, run_dir, writer, end, results, lines, points)
+    data.publish(args, run_dir, writer, d, info, eps_test, state, table, method, lines, points)
     distributed.finish()

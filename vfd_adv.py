@@ -549,9 +549,5 @@ if __name__ == "__main__":
         method["teacher"] |= {**teacher_state["args"], "val_clean": teacher_val}
         seen = method["distance"]
         lines += [(k, seen[k + "_clean"], seen[k + "_adv"]) for k in ("cka", "distance") if k + "_clean" in seen]
-    results = {**info, "eps": eps_test, "evaluated": len(y_test), "checkpoints": table,
-               "robustness_curve": method["curves"]["model"], "method": method, "train_seconds": state["train_seconds"],
-               "images_per_second": state["epoch"] * per_epoch / max(state["train_seconds"], 1e-9),
-               "peak_memory_gb": data.peak_memory(device)}
-    data.publish(args, run_dir, writer, state["epoch"] * steps, results, lines)
+    data.publish(args, run_dir, writer, d, info, eps_test, state, table, method, lines)
     distributed.finish()

@@ -44,7 +44,8 @@ def setting(script, info):
     changed = {k: v for k, v in args.items() if k not in skipped and v != usual.get(k, False)}
     if changed.get("control_of"):  # the folder, and the weight that comes from it, are another with each seed
         changed = {k: v for k, v in changed.items() if k not in ("method", "pairing_weight")} | {"control_of": "RUN"}
-    shown = {k: f"{255 * v:g}/255" if k in ("eps", "step_size") else v for k, v in changed.items()}
+    shown = {k: f"{255 * v:g}/255" if k in ("eps", "step_size") else " ".join(map(str, v)) if isinstance(v, list) else v
+             for k, v in changed.items()}
     flags = [f"--{'no-' * (v is False)}{k.replace('_', '-')}" + f" {v}" * (not isinstance(v, bool))
              for k, v in shown.items()]
     processes = re.findall(r"--nproc-per-node[ =](\S+)", info.get("command", ""))  # BatchNorm sees other batches then

@@ -60,6 +60,7 @@ SUMMARY = (("afa", "AFA"), ("afa", "PGD-AT, 16 epochs"), ("aalp", "AALP, both mo
 COMMON = {"--arch preactresnet8", "--attack-steps 3", "--train-size 7000", "--val-size 500", "--test-size 500",
           "--test-size 200", "--epochs 12", "--epochs 15", "--epochs 18", "--epochs 24",
           *(f"--eps-warmup-epochs {n}.0" for n in (3, 6, 8, 9, 12)), "--gate-epochs 2", "--teacher-epochs 10",
+          *(f"--milestones {both}" for both in ("8 11", "12 16", "16 22")),
           "--substitute svhn", "--substitute cifar10", "--bf16", "--compile"}  # fmt: skip
 COLUMNS = [*"worst clean fgsm pgd20 pgd50_margin targeted transfer".split(), "last worst", "last clean"]
 ATTACKERS = ("worst", "A ce", "A margin", "B ce", "B margin", "C ce", "C margin", "C strong", "no gradient")

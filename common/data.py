@@ -242,22 +242,23 @@ def checkpoints(run, script):
     return found.values()
 
 
-def publish(args, run_dir, writer, step, results, lines, points=()):
-    """The end of a run, after optimiser step `step`: `results` to results.json, or with --eval-only to eval.json; the
-    tables of checkpoints and curves, and a method's own `lines` (tuples), to the terminal; both tables, and a method's
-    own `points` (tag, value, x), to TensorBoard, which is closed.
-
-    The tables are results["checkpoints"] {name: {column: number}} and results["method"]["curves"] {name: {255 eps:
-    accuracy}}, of which the model's own is results["robustness_curve"].
+def publish(args, run_dir, writer, d, info, eps, state, table, method, lines, points=()):
+    """The end of a run, whose last checkpoint is `state`: results.json, or with --eval-only eval.json; `table`
+    {checkpoint: {column: number}}, the curves method["curves"] {name: {255 eps: accuracy}}, and a method's own `lines`
+    (tuples), to the terminal; both tables, and a method's own `points` (tag, value, x), to TensorBoard, which is closed.
     """
-    written = run_dir / ("eval.json" if args.eval_only else "results.json")
-    save(written, results)
-    table, curves = results["checkpoints"], results["method"]["curves"]
+    written, curves = run_dir / ("eval.json" if args.eval_only else "results.json"), method["curves"]
+    n, seconds = len(d.train.y), state["train_seconds"]
+    steps = state["epoch"] * steps_per_epoch(n, args.batch_size, shared=False)
+    save(written, {**info, "eps": eps, "evaluated": len(d.test.y), "checkpoints": table,
+                   "robustness_curve": curves["model"], "method": method, "train_seconds": seconds,
+                   "images_per_second": steps * min(args.batch_size, n) / seconds if seconds else 0.0,
+                   "peak_memory_gb": peak_memory(d.test.y.device)})  # fmt: skip
     lines = [("checkpoint", *next(iter(table.values()))), *((name, *row.values()) for name, row in table.items()), (),
              ("PGD-20 at eps", *curves), *((f"{k}/255", *(curve[k] for curve in curves.values()))
-                                           for k in results["robustness_curve"]), (), *lines]  # fmt: skip
+                                           for k in curves["model"]), (), *lines]  # fmt: skip
     print("\n".join("".join(f"{v:>14.3f}" if isinstance(v, float) else f"{v:>14}" for v in line) for line in lines))
-    points = [(f"test/{name}_{k}", v, step) for name, row in table.items() for k, v in row.items()] + [*points]
+    points = [(f"test/{name}_{k}", v, steps) for name, row in table.items() for k, v in row.items()] + [*points]
     points += [(f"robustness_curve/{name}", v, float(k)) for name, row in curves.items() for k, v in row.items()]
     for tag, value, x_axis in points:
         # TensorBoard's axis has whole numbers only: values between them would share a point with others.
@@ -295,6 +296,8 @@ def named_run(args):
     folder = path if path.is_dir() else path.parent
     if run and folder.is_dir() and not os.access(folder, os.W_OK):
         raise UserError(f"{folder} cannot be written to: copy it to where that is possible, and name the copy")
+    if args.resume and (folder / "results.json").exists():
+        print(f"note: {run} is finished: what is left is to test it once more", flush=True)
     on_interrupt(folder if args.resume else None)
     return run, folder if run else None
 

@@ -513,10 +513,12 @@ def test_torchvision_s_weights_fit_the_groups(monkeypatch):
     for name, arch, model in (("imagenet", "resnet18", "resnet18"), ("kinetics", "r3d18", "r3d_18")):
         from torchvision.models import get_model, get_weight
 
-        source = get_model(model)
+        source = get_model(model, num_classes={"imagenet": 1000, "kinetics": 400}[name])
         monkeypatch.setattr(type(get_weight(abnn.PRETRAINED[name][1])), "get_state_dict",
                             lambda *args, source=source, **kwargs: source.state_dict())
-        net = abnn.pretrained(name, abnn.GroupNet(arch, None, 5)).eval()
+        assert abnn.PRETRAINED[name][0] == arch
+        net = abnn.pretrained(name, 5).eval()
+        assert net.fc.out_features == 5
         source.fc, net.fc = nn.Identity(), nn.Identity()
         x = torch.rand(1, 3, *([4] if name == "kinetics" else []), 32, 32)
         torch.testing.assert_close(net(x), source.eval()((x - net.mean) / net.std))

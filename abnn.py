@@ -745,9 +745,8 @@ if __name__ == "__main__":
         score = val["robust_acc" if by_robust else "clean_acc"] if val["clean_acc"] > majority + 0.01 else 0.0
         x_few, y_few, step = data.to_float(x_val[:few]), y_val[:few], (epoch + 1) * steps
         x_adv = pgd10(net, x_few, y_few, eps_test, args.norm)
-        speed = per_epoch / seconds
-        scalars |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/images_per_second": speed,
-                    "charts/epoch_seconds": time.time() - started, "charts/peak_memory_gb": data.peak_memory(device)}
+        scalars |= {"charts/images_per_second": per_epoch / seconds, "charts/epoch_seconds": time.time() - started,
+                    "charts/learning_rate": optimizer.param_groups[0]["lr"]}
         scalars |= {f"val/{k}": v for k, v in val.items()}
         scalars |= {f"attack/{k}": v for k, v in attack_metrics(net, x_few, y_few, x_adv).items()}
         if args.defense == "abnn":  # how far the statistics of T are from those of S: does it learn to align them?
@@ -756,8 +755,7 @@ if __name__ == "__main__":
                     net(images, record=(record := []))
                 scalars[f"abnn/distance_{kind}"] = distance(record).item()
                 progress["history"].setdefault(f"distance_{kind}", []).append(scalars[f"abnn/distance_{kind}"])
-        title, image = f"epoch {epoch + 1}/{args.epochs}", attack_images(x_few, x_adv)
-        data.log_epoch(writer, bar, title, step, scalars, image, d.kind)
+        data.log_epoch(writer, bar, f"epoch {epoch + 1}/{args.epochs}", step, scalars, attack_images(x_few, x_adv), d)
         progress.update(epoch=epoch + 1, train_seconds=progress["train_seconds"] + seconds)
         if score > progress["best"] or progress["best"] <= 0:  # while no epoch counts, the latest
             progress["best"] = score

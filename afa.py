@@ -474,9 +474,8 @@ if __name__ == "__main__":
             score = 0.0
         x_few, y_few, step = x_val[:256], y_val[:256], (epoch + 1) * steps
         x_adv = pgd10(model, x_few, y_few, eps_test, args.norm)
-        speed = per_epoch / seconds
-        scalars |= {"charts/learning_rate": optimizers[stage].param_groups[0]["lr"], "charts/images_per_second": speed,
-                    "charts/epoch_seconds": time.time() - started, "charts/peak_memory_gb": data.peak_memory(device)}
+        scalars |= {"charts/images_per_second": per_epoch / seconds, "charts/epoch_seconds": time.time() - started,
+                    "charts/learning_rate": optimizers[stage].param_groups[0]["lr"]}
         scalars |= {f"val/{k}": v for k, v in val.items()}
         scalars |= {f"attack/{k}": v for k, v in attack_metrics(model, x_few, y_few, x_adv).items()}
         if stage == 2:
@@ -486,8 +485,7 @@ if __name__ == "__main__":
                 weights = torch.stack([w for _, w in record])
                 scalars[f"afa/weight_{kind}"] = weights.mean().item()
                 writer.add_histogram(f"afa/weights_{kind}", weights, step)  # of one tag, it would hide the scalar
-        title, image = f"epoch {epoch + 1}/{len(stages)}", attack_images(x_few, x_adv)
-        data.log_epoch(writer, bar, title, step, scalars, image, d.kind)
+        data.log_epoch(writer, bar, f"epoch {epoch + 1}/{len(stages)}", step, scalars, attack_images(x_few, x_adv), d)
         progress.update(epoch=epoch + 1, train_seconds=progress["train_seconds"] + seconds)
         if stage == stages[-1] and (score > progress["best"] or progress["best"] <= 0):  # while none counts, the latest
             progress["best"] = score
@@ -509,7 +507,8 @@ if __name__ == "__main__":
                                    for e, w in zip(method["strengths"], method["weight_mean"]))]
     points = []
     for i, e in enumerate(method["strengths"]):
-        points += [(f"afa/weight/layer{layer}", w, 255 * e) for layer, w in enumerate(method["weight_mean"][i])] * learned
+        weights = enumerate(method["weight_mean"][i] if learned else ())
+        points += [(f"afa/weight/layer{layer}", w, 255 * e) for layer, w in weights]
         for name, statistic in method["statistics"].items():
             for what, *shifts in zip(("mean", "log_sd"), *statistic["shift"]):  # shifts: [layer][strength]
                 points.append((f"afa/shift_{what}/{name}", sum(s[i] for s in shifts) / len(shifts), 255 * e))

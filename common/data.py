@@ -219,15 +219,15 @@ def announce(run_dir, net, d, info, filled_in):
           + ", ".join(f"{k} {v}" for k, v in _shown(filled_in).items()), flush=True)  # fmt: skip
 
 
-def log_epoch(writer, bar, title, step, scalars, image, kind):
-    """An epoch's `scalars` {tag: number} and `image` (3, h, w) to TensorBoard; its losses, what validation found and
-    the speed, in `kind`s a second, to the terminal too."""
-    for tag, value in scalars.items():
+def log_epoch(writer, bar, title, step, scalars, image, d):
+    """An epoch's `scalars` {tag: number}, with the memory it took, and `image` (3, h, w) to TensorBoard; its losses,
+    what validation found and the speed, to the terminal too."""
+    for tag, value in (scalars | {"charts/peak_memory_gb": peak_memory(d.val.y.device)}).items():
         writer.add_scalar(tag, value, step)
     writer.add_image("attack/clean_adversarial_10x", image, step)
     writer.flush()
     shown = ", ".join(f"{k} {v:.3f}" for k, v in scalars.items() if k.startswith(("losses", "val")))
-    bar.write(f"{title}: {shown}, {scalars['charts/images_per_second']:.0f} {kind}/s")
+    bar.write(f"{title}: {shown}, {scalars['charts/images_per_second']:.0f} {d.kind}/s")
     sys.stdout.flush()  # a log shows each epoch when it ends
 
 
@@ -245,7 +245,7 @@ def checkpoints(run, script):
 def publish(args, run_dir, writer, d, info, eps, state, table, method, lines, points=()):
     """The end of a run, whose last checkpoint is `state`: results.json, or with --eval-only eval.json; `table`
     {checkpoint: {column: number}}, the curves method["curves"] {name: {255 eps: accuracy}}, and a method's own `lines`
-    (tuples), to the terminal; both tables, and a method's own `points` (tag, value, x), to TensorBoard, which is closed.
+    (tuples), to the terminal; both tables, and a method's own `points` (tag, value, x), to TensorBoard.
     """
     written, curves = run_dir / ("eval.json" if args.eval_only else "results.json"), method["curves"]
     n, seconds = len(d.train.y), state["train_seconds"]

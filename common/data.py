@@ -323,8 +323,8 @@ def check_same(args, own, state, free_in_test=()):
 
 
 def on_interrupt(run_dir):
-    """From here on Ctrl-C (status 130) and a disk that TensorBoard finds full (status 1) end the program with a line
-    that says how to go on: with the run in `run_dir`, once there is one and it has a checkpoint."""
+    """From here on Ctrl-C (status 130), a disk that TensorBoard finds full and any other error (status 1) end the
+    program with a line that says how to go on: with the run in `run_dir`, once there is one and it has a checkpoint."""
 
     def how_to_go_on():
         if run_dir and (run_dir / "last.pt").exists():
@@ -336,11 +336,15 @@ def on_interrupt(run_dir):
         print(f"\ninterrupted; {how_to_go_on()}")
         raise SystemExit(130)
 
-    def failed(kind, error, trace):  # of files written by others than `save`, whose own error says all
-        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    def failed(kind, error, trace):
+        # A full disk, of files written by others than `save`, whose own error says all: no traceback.
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not full:
             distributed.show(kind, error, trace)
-        elif threading.current_thread() is threading.main_thread():  # a thread's error is raised again in the main one
-            print(f"error: a file cannot be written ({error}); {how_to_go_on()}", file=sys.stderr)
+        if threading.current_thread() is not threading.main_thread():
+            return  # a thread's error is raised again in the main one
+        if full or run_dir:
+            print(f"error: a file cannot be written ({error}); " * full + how_to_go_on(), file=sys.stderr)
 
     signal.signal(signal.SIGINT, interrupted)
     sys.excepthook = failed

@@ -5,6 +5,7 @@ import importlib
 import random
 import signal
 import sys
+import threading
 import types
 import zipfile
 from pathlib import Path
@@ -118,6 +119,26 @@ def test_ctrl_c_before_there_is_anything_to_resume_says_so(script, tmp_path, mon
         assert execute(arguments, tmp_path / "runs", f"{script}.py") == 130
         assert "interrupted; there is nothing to continue" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
+
+
+def test_after_any_error_the_last_line_says_how_to_continue(tmp_path, monkeypatch, capsys):
+    for module in (sys, threading):  # set back afterwards
+        monkeypatch.setattr(module, "excepthook", module.excepthook)
+    monkeypatch.setattr(sys, "argv", ["afa.py"])
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        again = f"to continue after the last finished epoch: python afa.py --resume {tmp_path}"
+        for checkpoint, line in ((False, "there is nothing to continue: start it again"), (True, again)):
+            if checkpoint:
+                (tmp_path / "last.pt").touch()
+            data.on_interrupt(tmp_path)
+            sys.excepthook(RuntimeError, RuntimeError("CUDA out of memory"), None)
+            assert capsys.readouterr().err.splitlines() == ["RuntimeError: CUDA out of memory", line]
+        data.on_interrupt(None)  # no run yet: the traceback alone
+        sys.excepthook(RuntimeError, RuntimeError("early"), None)
+        assert capsys.readouterr().err.splitlines() == ["RuntimeError: early"]
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 # --- Downloads

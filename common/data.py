@@ -38,6 +38,7 @@ from typing import Annotated, NamedTuple
 import numpy as np
 import torch
 import tyro
+from tqdm import tqdm
 
 from common import distributed
 
@@ -380,6 +381,11 @@ def tune(training, exact=False):
     torch.set_float32_matmul_precision("highest" if exact else "high")
     torch.compiler.set_stance("default" if training else "force_eager")
     torch._dynamo.config.recompile_limit = 64  # for modes and flags: beyond it goes eager, silently
+
+
+def shown(things, title):
+    """The things, one by one; on a terminal a bar shows how far they are."""
+    return tqdm(things, title, leave=False, disable=distributed.rank() > 0 or None)
 
 
 def means(sums, epoch, lr, flag="--lr"):

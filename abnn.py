@@ -152,15 +152,15 @@ class PreActBlock(nn.Module):
 
     def forward(self, x, *extra):
         out = F.relu(self.bn1(x, *extra))
-        # Every stride-th pixel, then the 1x1 convolution: with a stride of its own and few channels it writes past its
-        # memory on a CPU (github.com/uxlfoundation/oneDNN/issues/6035).
+        # Every stride-th pixel, then the 1x1 convolution: one with a stride and few channels writes past its memory on
+        # a CPU (github.com/uxlfoundation/oneDNN/issues/6035).
         shortcut = x if self.shortcut is None else self.shortcut(F.avg_pool2d(out, 1, self.stride))
         out = F.relu(self.bn2(self.conv1(out), *extra))
         return self.conv2(out) + shortcut
 
 
 class PreActResNet(nn.Module):
-    """Images (N, 3, H, W) in [0, 1] to logits (N, classes). `norm` makes a normalisation layer for so many channels."""
+    """Images (N, 3, H, W) in [0, 1] to logits (N, classes). `norm(channels)` makes a normalisation layer."""
 
     def __init__(self, arch, width, classes, norm=nn.BatchNorm2d):
         super().__init__()
@@ -402,7 +402,7 @@ def optimizer_of(net, args):
 
 def train_epoch(net, optimizer, d, args, epoch, bar=None):
     """Train for an epoch, whose chance is that of (seed, epoch). Means of loss terms and of accuracy, {tag: number}."""
-    data.tune(True)  # to search for fast convolutions pays in training, which has few batch sizes
+    data.tune(True)  # searching for fast convolutions pays in training, with its few batch sizes
     sums, steps = defaultdict(float), data.steps_per_epoch(len(d.train.y), args.batch_size)
     noise = distributed.seed(2_000_003 * args.seed + epoch)
     generator = torch.Generator(d.train.y.device).manual_seed(noise)
@@ -423,7 +423,7 @@ def train_epoch(net, optimizer, d, args, epoch, bar=None):
         loss.backward()
         distributed.average_gradients(optimizer)
         optimizer.step()
-        for k, v in terms.items():  # the sums stay on the device: to read one here would stall it
+        for k, v in terms.items():  # the sums stay on the device: reading one here would stall it
             sums[f"losses/{k}"] += v.detach() / steps
         name = "train/robust_acc" if args.defense == "at" else "train/clean_acc"
         sums[name] += (logits.argmax(1) == y).float().mean() / steps
@@ -662,7 +662,7 @@ if __name__ == "__main__":
     run, run_dir = data.named_run(args)
     if run:
         net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
-        args = tyro.cli(Args, description=__doc__, default=own)  # once more: what was given, over the run's own
+        args = tyro.cli(Args, description=__doc__, default=own)  # again: flags given now override the run's own
         data.check_same(args, own, state, free_in_test=["attack_strength"])
     given, video = args, args.dataset in data.VIDEO
     unused = ["frames", "split"] * (not video)
@@ -690,7 +690,7 @@ if __name__ == "__main__":
     x_val, y_val = data.centre_clips(d.val.x, args.frames, side) if video else d.val.x, d.val.y
     x_test, y_test = d.test.x, d.test.y
     part = max(500 * 32**2 // ((args.frames if video else 1) * side**2), 16)  # samples in a pass of the evaluation
-    data.tune(False)  # not yet: evaluation has batches of many sizes
+    data.tune(False)  # no tuning yet: evaluation has batches of many sizes
     torch.manual_seed(args.seed)
     net = (net if run else build(args, len(d.classes))).to(device, memory_format=torch.channels_last)
     if not run and args.defense == "abnn":
@@ -698,7 +698,7 @@ if __name__ == "__main__":
     elif not run:
         net.load_state_dict(clean_network(args, d, device).state_dict())  # all defenses start from the same T  [D5]
     if args.compile:
-        net.compile(dynamic=False)  # another batch size is another graph: one of all sizes would be slower
+        net.compile(dynamic=False)  # a graph for each batch size: one for all sizes would be slower
     optimizer = optimizer_of(net, args)
     steps = data.steps_per_epoch(len(d.train.y), args.batch_size, shared=not args.eval_only)
     per_epoch = steps * min(args.batch_size, len(d.train.y))  # samples
@@ -719,7 +719,7 @@ if __name__ == "__main__":
 
     info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, **data.environment(device))
     Writer = distributed.Silent if distributed.rank() or args.eval_only else SummaryWriter
-    writer = Writer(run_dir, purge_step=progress["epoch"] * steps + 1)  # of a resumed run what follows comes again
+    writer = Writer(run_dir, purge_step=progress["epoch"] * steps + 1)  # a resumed run writes what follows again
     if not run:
         data.write_arguments(run_dir, args, info, preset, writer)
         checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
@@ -741,7 +741,7 @@ if __name__ == "__main__":
         robust = survivors(net, x_val[:n], y_val[:n], clean[:n], eps=eps_test, steps=10, norm=args.norm,
                            batch_size=part)
         val = {k: mask.sum().item() / len(mask) for k, mask in (("clean_acc", clean), ("robust_acc", robust))}
-        # One class for everything resists all attacks, and is no classifier.
+        # Predicting one class for everything resists all attacks but is no classifier.
         score = val["robust_acc" if by_robust else "clean_acc"] if val["clean_acc"] > majority + 0.01 else 0.0
         x_few, y_few, step = data.to_float(x_val[:few]), y_val[:few], (epoch + 1) * steps
         x_adv = pgd10(net, x_few, y_few, eps_test, args.norm)
@@ -762,7 +762,7 @@ if __name__ == "__main__":
         if score > progress["best"] or progress["best"] <= 0:  # while no epoch counts, the latest
             progress["best"] = score
             checkpoint("best.pt")
-        checkpoint("last.pt")  # last of all: a run that dies before it repeats the epoch, and finds everything in place
+        checkpoint("last.pt")  # last of all: a run that dies before this repeats the epoch and finds all in place
     bar.close()
 
     # Final evaluation: the test split, for the first and only time.

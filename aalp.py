@@ -178,8 +178,8 @@ def contributions(features, weight, y):
 
 
 def guided_dropout(c, args, generator):
-    """Factors for the features (N, d): of each sample's share r with the lowest contributions each is zeroed with
-    probability p or else scaled by 1/(1-p); the rest stays as it is. `high` and `random` select others.  [D3]
+    """Factors for the features (N, d). In each sample the share r with the lowest contributions is selected, and each
+    of these zeroed with probability p or else scaled by 1/(1-p). `high` and `random` select others.  [D3]
     """
     if args.guided_dropout == "random":
         score = torch.rand(c.shape, device=c.device, generator=generator)
@@ -196,7 +196,7 @@ def logit_gradients(z, z_adv, y, pairing_weight):
 
     From logits (N, C), labels (N,), and lambda w as `pairing_weight`, a number or (N, 1).
 
-    The clean branch alone: over both, <g_ce, g_lp> is proportional to (p' - p).(z' - z) and never negative.  [D5]
+    Of the clean branch alone: over both, <g_ce, g_lp> is proportional to (p' - p).(z' - z) and never negative.  [D5]
     """
     g_ce = 0.5 * (z.softmax(1) - F.one_hot(y, z.shape[1]))  # half, as in aalp_loss
     return g_ce, 2 * pairing_weight / z.shape[1] * (z - z_adv)
@@ -205,9 +205,9 @@ def logit_gradients(z, z_adv, y, pairing_weight):
 def conflicts(ce_lp, ce_ce):
     """O2 from <g_ce, g_lp> and <g_ce, g_ce> (N,): does the pairing work against the classification, and does it win?
 
-    Over-emphasised is a pairing with <g_ce, g_ce + g_lp> < 0: a step along both would raise the cross-entropy.  [D5]
+    A pairing with <g_ce, g_ce + g_lp> < 0 is over-emphasised: a step along both would raise the cross-entropy.  [D5]
     """
-    edge = -1e-5 * ce_ce  # `--sample-weight conflict` puts samples on the boundary: rounding is no finding
+    edge = -1e-5 * ce_ce  # `--sample-weight conflict` puts samples on the boundary: rounding must not count
     return {"conflicting": ce_lp < 0, "overemphasised": ce_lp + ce_ce < edge}
 
 
@@ -236,10 +236,10 @@ def aalp_loss(z, z_adv, y, w, args):
 
 
 def concentration(c):
-    """O1, of contributions (N, d): how few features say what the class is.
+    """O1, of contributions (N, d): how few features carry the class.
 
-    n50 (N,): features of more than half the largest contribution. n90 (N,): the fewest that make up 90 % of what the
-    positive ones add up to.
+    n50 (N,): how many features contribute more than half of the largest contribution. n90 (N,): the fewest features
+    that make up 90 % of the sum of positive contributions.
     """
     c = c.clamp_min(0)
     sums = c.sort(1, descending=True).values.cumsum(1)

@@ -263,11 +263,11 @@ def build(args, classes):
 def stage2_attack(net, x, y, args, generator):
     """Examples of every strength: a quarter of the batch at eps 0, a quarter at eps_max, half uniform between.  [D3]
 
-    The attack goes through the gate and its probe pass, so that it learns against an adversary who fools it too, and by
-    the margin loss: a gate soon misleads cross-entropy. A share `harden` is crafted with w frozen at 0, 1/2 or 1: an
-    adversary who ignores it.  [D4]
+    The attack goes through the gate and its probe pass, so that the gate learns against an adversary who fools it too,
+    and uses the margin loss: a gate soon misleads cross-entropy. A share `harden` is crafted with w frozen at 0, 1/2
+    or 1, by an adversary who ignores the gate.  [D4]
     """
-    n, steps = len(x), max(args.attack_steps, 10)  # a gate soon finds out what a weaker attack overlooks
+    n, steps = len(x), max(args.attack_steps, 10)  # a gate soon learns what a weaker attack overlooks
     rest = n - n // 4  # the last quarter needs no attack: the batch comes in random order
     eps = args.eps * torch.rand(rest, device=x.device, generator=generator)
     full = torch.randperm(rest, device=x.device, generator=generator)[: n // 4]
@@ -308,7 +308,7 @@ def evaluate(net, x, y, eps, norm, others=(), batch_size=500):
 
 
 def frozen_weights(net, args):
-    """Models to attack in the gate's place, where it cannot interfere: w frozen at 0, 1/2 and 1.  [D5]"""
+    """Models to attack instead, where the gate cannot interfere: w frozen at 0, 1/2 and 1.  [D5]"""
     return [partial(net, w=w) for w in (0.0, 0.5, 1.0)] if args.bn == "dual" else []
 
 
@@ -444,7 +444,7 @@ if __name__ == "__main__":
                     logits = {"robust": net(x_adv, 1.0)}
                     if args.bn == "dual":
                         logits["clean"] = net(x, 0.0)
-                else:  # L = CE(f_w(x_eps), y), and nothing to weigh it with; BatchNorm stays in eval mode
+                else:  # L = CE(f_w(x_eps), y), the only term; BatchNorm stays in eval mode
                     logits = {"fused": net(stage2_attack(net, x, y, args, generator))}
                 losses = {k: F.cross_entropy(z.float(), y) for k, z in logits.items()}
                 loss = sum(losses.values()) / len(losses)
@@ -470,7 +470,7 @@ if __name__ == "__main__":
         val = {k: mask.sum().item() / len(mask) for k, mask in (("clean_acc", clean), ("robust_acc", robust))}
         score = val["robust_acc" if args.eps else "clean_acc"]
         score = sum(val.values()) / 2 if learned else score  # AFA is for all strengths: both count  [D7]
-        if val["clean_acc"] <= majority + 0.01:  # one class for everything resists all attacks, and is no classifier
+        if val["clean_acc"] <= majority + 0.01:  # one class for everything resists all attacks but is no classifier
             score = 0.0
         x_few, y_few, step = x_val[:256], y_val[:256], (epoch + 1) * steps
         x_adv = pgd10(model, x_few, y_few, eps_test, args.norm)

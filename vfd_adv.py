@@ -1,5 +1,5 @@
-"""VFD-Adv, Vanilla Feature Distillation: adversarial training whose features of an image and of its attacked version
-are also drawn to those of a vanilla network, which knows what predicts and nothing of robustness.
+"""VFD-Adv, Vanilla Feature Distillation: adversarial training that also draws the features of an image and of its
+attacked version to those of a vanilla network, which knows what is predictive and nothing of robustness.
 
 Guodong Cao et al., "Vanilla Feature Distillation for Improving the Accuracy-Robustness Trade-Off in Adversarial
 Training", https://arxiv.org/abs/2206.02158
@@ -173,7 +173,7 @@ class PreActResNet(nn.Module):
 
 
 def base_loss(z, z_adv, y, args):
-    """Loss of the base on logits (N, C), and its terms unweighted; `at` does not look at z.
+    """Loss of the base on logits (N, C), and its terms unweighted; `at` ignores z.
 
     at: CE(z', y) (Madry et al. 2018). trades: CE(z, y) + beta mean_i KL(p_i || p'_i) (Zhang et al. 2019).
     mart: BCE(z', y) + beta mean_i [KL(p_i || p'_i) (1 - p_i[y_i])], where BCE adds to the cross-entropy a term
@@ -195,8 +195,8 @@ def base_loss(z, z_adv, y, args):
 def pair_distance(s, t, kind):
     """d(s, t) of two batches (N, D), one number, without a gradient into t.  [D1]
 
-    mse: mean over batch and dimensions. normalized-mse: that over the variance of t in the batch, so that a constant
-    reaches 1. cosine: 1 - cos, mean over the batch.
+    mse: mean over batch and dimensions. normalized-mse: mse divided by the variance of t in the batch, so that the
+    constant mean reaches 1. cosine: 1 - cos, mean over the batch.
     """
     t = t.detach()
     if kind == "cosine":
@@ -208,7 +208,7 @@ def pair_distance(s, t, kind):
 def vfd_loss(s, s_adv, t, args, projection=lambda s: s):
     """L_VFD = lambda_adv d(s', t) + lambda_nat d(s, t), of phi or logits (N, D) of S(x'), S(x), T(x); unweighted terms.
 
-    A pair of weight 0 is not looked at.
+    A pair of weight 0 is skipped.
     """
     pairs = {"distance_adv": (args.lambda_adv, s_adv), "distance_nat": (args.lambda_nat, s)}
     terms = {k: pair_distance(projection(v).float(), t, args.distance) for k, (weight, v) in pairs.items() if weight}
@@ -216,7 +216,7 @@ def vfd_loss(s, s_adv, t, args, projection=lambda s: s):
 
 
 def track_statistics(net, on):
-    """Do passes in training mode move BatchNorm's running statistics? They normalise by the batch either way.  [D5]"""
+    """Let passes in training mode move BatchNorm's running statistics or not: they use the batch's anyway.  [D5]"""
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.track_running_stats = on
@@ -287,7 +287,7 @@ def compare(net, projection, teacher, x, y, eps, args):
             a, b = s - s.mean(0), t - t.mean(0)
             cka = (a.T @ b).square().sum() / ((a.T @ a).norm() * (b.T @ b).norm()).clamp_min(1e-12)
             result[f"cka_{kind}"] = cka.item()
-            if (s := projection(s)).shape == t.shape:  # without a loss nothing trains a projection, and there is none
+            if (s := projection(s)).shape == t.shape:  # without distillation there is no projection
                 result[f"distance_{kind}"] = pair_distance(s, t, "normalized-mse").item()
     return result
 
@@ -391,7 +391,7 @@ if __name__ == "__main__":
     x_val, y_val, x_test, y_test = data.to_float(d.val.x), d.val.y, data.to_float(d.test.x), d.test.y
     data.tune(False)  # no tuning yet: evaluation has batches of many sizes
     teacher, projection = None, nn.Identity()
-    if args.teacher or args.lambda_adv != 0 or args.lambda_nat != 0:  # None is not 0 yet
+    if args.teacher or args.lambda_adv != 0 or args.lambda_nat != 0:  # a weight left at None is not 0
         path = run_dir / "teacher.pt" if run else args.teacher or vanilla_teacher(args, d)
         teacher, teacher_state = load_teacher(path, args, len(d.classes), device)
         teacher_val = survivors(teacher, x_val, y_val, eps=0, steps=0).float().mean().item()
@@ -470,8 +470,8 @@ if __name__ == "__main__":
                             loss="kl" if args.base == "trades" else "ce", generator=generator)
                 net.train()
                 # Two passes, the clean one first, as in the code of the authors of TRADES and MART. There both move
-                # the running statistics. AT has no clean pass of its own: one that is added must not, or statistics
-                # alone cost robustness, and the loss on it gets the blame.  [D5]
+                # the running statistics. AT has no clean pass of its own: an added one must not move them, or they
+                # alone cost robustness, and the loss on that pass gets the blame.  [D5]
                 z = phi = None
                 if clean_pass:
                     track_statistics(net, args.base != "at" or args.clean_pass == "update")

@@ -279,7 +279,7 @@ def robustness_curve(model, x, y, eps, norm="linf", batch_size=500):
     """
     clean, curve = survivors(model, x, y, eps=0, steps=0, batch_size=batch_size), {}
     for e in (eps * f for f in (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 3 / 2, 2, 8)):  # of 8/255: 0 1 2 4 6 8 12 16 64
-        radius = min(e, 1.0) if norm == "linf" else e  # 1 is all images
+        radius = min(e, 1.0) if norm == "linf" else e  # 1 covers all images
         alive = survivors(model, x, y, clean, eps=radius, steps=20, norm=norm, batch_size=batch_size) if e else clean
         curve[f"{255 * e:.4g}"] = alive.sum().item() / len(y)
     return curve

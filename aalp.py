@@ -119,15 +119,15 @@ class PreActBlock(nn.Module):
 
     def forward(self, x, *extra):
         out = F.relu(self.bn1(x, *extra))
-        # Every stride-th pixel, then the 1x1 convolution: with a stride of its own and few channels it writes past its
-        # memory on a CPU (github.com/uxlfoundation/oneDNN/issues/6035).
+        # Every stride-th pixel, then the 1x1 convolution: one with a stride and few channels writes past its memory on
+        # a CPU (github.com/uxlfoundation/oneDNN/issues/6035).
         shortcut = x if self.shortcut is None else self.shortcut(F.avg_pool2d(out, 1, self.stride))
         out = F.relu(self.bn2(self.conv1(out), *extra))
         return self.conv2(out) + shortcut
 
 
 class PreActResNet(nn.Module):
-    """Images (N, 3, H, W) in [0, 1] to logits (N, classes). `norm` makes a normalisation layer for so many channels."""
+    """Images (N, 3, H, W) in [0, 1] to logits (N, classes). `norm(channels)` makes a normalisation layer."""
 
     def __init__(self, arch, width, classes, norm=nn.BatchNorm2d):
         super().__init__()
@@ -178,8 +178,8 @@ def contributions(features, weight, y):
 
 
 def guided_dropout(c, args, generator):
-    """Factors for the features (N, d): of each sample's share r with the lowest contributions each is zeroed with
-    probability p or else scaled by 1/(1-p); the rest stays as it is. `high` and `random` select others.  [D3]
+    """Factors for the features (N, d). In each sample the share r with the lowest contributions is selected, and each
+    of these zeroed with probability p or else scaled by 1/(1-p). `high` and `random` select others.  [D3]
     """
     if args.guided_dropout == "random":
         score = torch.rand(c.shape, device=c.device, generator=generator)
@@ -196,7 +196,7 @@ def logit_gradients(z, z_adv, y, pairing_weight):
 
     From logits (N, C), labels (N,), and lambda w as `pairing_weight`, a number or (N, 1).
 
-    The clean branch alone: over both, <g_ce, g_lp> is proportional to (p' - p).(z' - z) and never negative.  [D5]
+    Of the clean branch alone: over both, <g_ce, g_lp> is proportional to (p' - p).(z' - z) and never negative.  [D5]
     """
     g_ce = 0.5 * (z.softmax(1) - F.one_hot(y, z.shape[1]))  # half, as in aalp_loss
     return g_ce, 2 * pairing_weight / z.shape[1] * (z - z_adv)
@@ -205,9 +205,9 @@ def logit_gradients(z, z_adv, y, pairing_weight):
 def conflicts(ce_lp, ce_ce):
     """O2 from <g_ce, g_lp> and <g_ce, g_ce> (N,): does the pairing work against the classification, and does it win?
 
-    Over-emphasised is a pairing with <g_ce, g_ce + g_lp> < 0: a step along both would raise the cross-entropy.  [D5]
+    A pairing with <g_ce, g_ce + g_lp> < 0 is over-emphasised: a step along both would raise the cross-entropy.  [D5]
     """
-    edge = -1e-5 * ce_ce  # `--sample-weight conflict` puts samples on the boundary: rounding is no finding
+    edge = -1e-5 * ce_ce  # `--sample-weight conflict` puts samples on the boundary: rounding must not count
     return {"conflicting": ce_lp < 0, "overemphasised": ce_lp + ce_ce < edge}
 
 
@@ -236,10 +236,10 @@ def aalp_loss(z, z_adv, y, w, args):
 
 
 def concentration(c):
-    """O1, of contributions (N, d): how few features say what the class is.
+    """O1, of contributions (N, d): how few features carry the class.
 
-    n50 (N,): features of more than half the largest contribution. n90 (N,): the fewest that make up 90 % of what the
-    positive ones add up to.
+    n50 (N,): how many features contribute more than half of the largest contribution. n90 (N,): the fewest features
+    that make up 90 % of the sum of positive contributions.
     """
     c = c.clamp_min(0)
     sums = c.sort(1, descending=True).values.cumsum(1)
@@ -340,7 +340,7 @@ if __name__ == "__main__":
     run, run_dir = data.named_run(args)
     if run:
         net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
-        args = tyro.cli(Args, description=__doc__, default=own)  # once more: what was given, over the run's own
+        args = tyro.cli(Args, description=__doc__, default=own)  # again: flags given now override the run's own
         data.check_same(args, own, state)
     if args.control_of and not run:
         if args.pairing_weight is not None or args.method == "at":
@@ -357,11 +357,11 @@ if __name__ == "__main__":
     device = data.device(args.device)
     d = data.load_as(args, device)
     x_val, y_val, x_test, y_test = data.to_float(d.val.x), d.val.y, data.to_float(d.test.x), d.test.y
-    data.tune(False)  # not yet: evaluation has batches of many sizes
+    data.tune(False)  # no tuning yet: evaluation has batches of many sizes
     torch.manual_seed(args.seed)
     net = (net if run else build(args, len(d.classes))).to(device, memory_format=torch.channels_last)
     if args.compile:
-        net.compile(dynamic=False)  # another batch size is another graph: one of all sizes would be slower
+        net.compile(dynamic=False)  # a graph for each batch size: one for all sizes would be slower
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, nesterov=True, fused=True,
                                 weight_decay=args.weight_decay)
     x_seen, y_seen = data.to_float(d.train.x[:256].to(device)), d.train.y[:256]  # where training is watched  [D5]
@@ -384,7 +384,7 @@ if __name__ == "__main__":
 
     info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, **data.environment(device))
     Writer = distributed.Silent if distributed.rank() or args.eval_only else SummaryWriter
-    writer = Writer(run_dir, purge_step=progress["epoch"] * steps + 1)  # of a resumed run what follows comes again
+    writer = Writer(run_dir, purge_step=progress["epoch"] * steps + 1)  # a resumed run writes what follows again
     if not run:
         data.write_arguments(run_dir, args, info, preset, writer)
         checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
@@ -394,8 +394,8 @@ if __name__ == "__main__":
     bar = tqdm(total=args.epochs * steps, initial=progress["epoch"] * steps, disable=distributed.rank() > 0 or None)
     for epoch in range(progress["epoch"], 0 if args.eval_only else args.epochs):
         started, sums, weights = time.time(), defaultdict(float), []
-        data.tune(True)  # to search for fast convolutions pays in training, which has few batch sizes
-        noise = distributed.seed(2_000_003 * args.seed + epoch)  # all chance is that of (seed, epoch)
+        data.tune(True)  # searching for fast convolutions pays in training, with its few batch sizes
+        noise = distributed.seed(2_000_003 * args.seed + epoch)  # all randomness follows from (seed, epoch)
         generator = torch.Generator(device).manual_seed(noise)
         for i, (x, y) in enumerate(data.batches(d.train, args.batch_size, seed=args.seed, epoch=epoch, **d.augment)):
             t = epoch + (i + 0.5) / steps  # epochs, at the middle of the step
@@ -426,7 +426,7 @@ if __name__ == "__main__":
             loss.backward()
             distributed.average_gradients(optimizer)
             optimizer.step()
-            for k, v in terms.items():  # the sums stay on the device: to read one here would stall it
+            for k, v in terms.items():  # the sums stay on the device: reading one here would stall it
                 sums[f"losses/{k}"] += v.detach() / steps
             for k, v in (("train/clean", z), ("train/robust", z_adv), ("aalp/masked", masked)):
                 sums[f"{k}_acc"] += (v.argmax(1) == y).float().mean() / steps
@@ -443,7 +443,7 @@ if __name__ == "__main__":
         clean = survivors(net, x_val, y_val, eps=0, steps=0)
         robust = survivors(net, x_val, y_val, clean, eps=eps_test, steps=10, norm=args.norm)
         val = {k: mask.sum().item() / len(mask) for k, mask in (("clean_acc", clean), ("robust_acc", robust))}
-        # One class for everything resists all attacks, and is no classifier.
+        # Predicting one class for everything resists all attacks but is no classifier.
         score = val["robust_acc" if args.eps else "clean_acc"] if val["clean_acc"] > majority + 0.01 else 0.0
         weights = distributed.gather(torch.cat(weights))
         seen = observe(net, x_seen, y_seen, eps_test, args) | {"sample_weight": weights.mean().item()}
@@ -457,13 +457,13 @@ if __name__ == "__main__":
         scalars |= {f"val/{k}": v for k, v in val.items()}
         scalars |= {f"attack/{k}": v for k, v in attack_metrics(net, x_few, y_few, x_adv).items()}
         scalars |= {f"aalp/{k}": v for k, v in seen.items()}
-        writer.add_histogram("aalp/sample_weights", weights, step)  # of one tag, it would hide the scalar
+        writer.add_histogram("aalp/sample_weights", weights, step)  # under one tag it would hide the scalar
         data.log_epoch(writer, bar, f"epoch {epoch + 1}/{args.epochs}", step, scalars, attack_images(x_few, x_adv), d)
         progress.update(epoch=epoch + 1, train_seconds=progress["train_seconds"] + seconds)
         if score > progress["best"] or progress["best"] <= 0:  # while no epoch counts, the latest
             progress["best"] = score
             checkpoint("best.pt")
-        checkpoint("last.pt")  # last of all: a run that dies before it repeats the epoch, and finds everything in place
+        checkpoint("last.pt")  # last of all: a run that dies before this repeats the epoch and finds all in place
     bar.close()
 
     # Final evaluation: the test split, for the first and only time.

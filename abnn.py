@@ -122,7 +122,7 @@ PRESETS = {
 }
 SIDES = {"tiny-imagenet": 64, "ucf101": 112}  # pixels a side; of the others 32
 # Side of ROA's square, width of AF's frame, number of SPA's pixels at --attack-strength 1: the authors' 30, 5 and 100
-# of 112 pixels, and their share of smaller images, except where an undefended network withstands them.  [D6]
+# of 112 pixels, and in proportion for smaller images, except where an undefended network withstands them.  [D6]
 ATTACK_SIZES = {"digits": (14, 2, 64), "moving-digits": (9, 1, 32), "ucf101": (30, 5, 100),
                 "tiny-imagenet": (17, 3, 33), **dict.fromkeys(("cifar10", "cifar100", "svhn"), (9, 1, 16))}
 PRETRAINED = {"imagenet": ("resnet18", "ResNet18_Weights.IMAGENET1K_V1"),
@@ -152,15 +152,15 @@ class PreActBlock(nn.Module):
 
     def forward(self, x, *extra):
         out = F.relu(self.bn1(x, *extra))
-        # Every stride-th pixel, then the 1x1 convolution: with a stride of its own and few channels it writes past its
-        # memory on a CPU (github.com/uxlfoundation/oneDNN/issues/6035).
+        # Every stride-th pixel, then the 1x1 convolution: one with a stride and few channels writes past its memory on
+        # a CPU (github.com/uxlfoundation/oneDNN/issues/6035).
         shortcut = x if self.shortcut is None else self.shortcut(F.avg_pool2d(out, 1, self.stride))
         out = F.relu(self.bn2(self.conv1(out), *extra))
         return self.conv2(out) + shortcut
 
 
 class PreActResNet(nn.Module):
-    """Images (N, 3, H, W) in [0, 1] to logits (N, classes). `norm` makes a normalisation layer for so many channels."""
+    """Images (N, 3, H, W) in [0, 1] to logits (N, classes). `norm(channels)` makes a normalisation layer."""
 
     def __init__(self, arch, width, classes, norm=nn.BatchNorm2d):
         super().__init__()
@@ -196,7 +196,7 @@ class PreActResNet(nn.Module):
 class GroupNet(nn.Module):
     """Five groups, pooling, a linear layer: (N, 3, [frames,] H, W) in [0, 1] to logits (N, classes).
 
-    r3d18 and resnet18 are torchvision's, and may have its `weights`, but for the last layer; conv3d, five convolutions,
+    r3d18 and resnet18 are torchvision's, perhaps with its `weights`, except the last layer; conv3d, five convolutions,
     is small and fast, for the embedded video.
     """
 
@@ -233,7 +233,7 @@ class GroupNet(nn.Module):
             x = group(x)
         return self.head(x)
 
-    def to(self, *args, memory_format=None, **kwargs):  # `load` says channels_last, a format of images only
+    def to(self, *args, memory_format=None, **kwargs):  # `load` asks for channels_last: images only
         return super().to(*args, memory_format=torch.channels_last_3d if self.video else memory_format, **kwargs)
 
 
@@ -273,7 +273,7 @@ def channel_moments(v):
 def mean_std(mean, var, positions, moments):
     """Mean and unbiased standard deviation of each sample (N, 1), or of the batch (1, 1), from those of channels.  [D3]
 
-    `positions` of a channel. The variance is the mean of the channels' plus that of their means.
+    A channel has `positions` values. The variance is the mean of the channels' variances plus that of their means.
     """
     dims, n = ((1,), mean.shape[1]) if moments == "sample" else ((0, 1), mean.numel())
     n, total = n * positions, mean.mean(dims, keepdim=True)
@@ -282,15 +282,15 @@ def mean_std(mean, var, positions, moments):
 
 
 def root(var):
-    return var.clamp_min(1e-12).sqrt()  # at 0, of a channel that is off, the gradient of sqrt is infinite
+    return var.clamp_min(1e-12).sqrt()  # at 0 (a channel that is off) the gradient of sqrt is infinite
 
 
 class AdaptiveBN(nn.Module):
     """v = std(z_s) BN(z_t) + mean(z_s);  [gamma, beta] = M f + b;  z_t' = gamma v + beta, per sample and channel.
 
     M starts with variance 2 / D: gamma around 1 and beta around 0, both already noisy with f. Equalised, the weights
-    have variance 1, and the scale comes where they are used: a step of SGD then moves M by 2 / D of what it would, next
-    to nothing.  [D5] `shape` is that of one sample's z_s.
+    have variance 1 and are scaled where they are used: a step of SGD then moves M by 2 / D of what it otherwise would,
+    next to nothing.  [D5] `shape` is that of one sample's z_s.
     """
 
     def __init__(self, channels, shape, statistics, moments, equalised=True):
@@ -355,7 +355,7 @@ class ABNN(nn.Module):
 
         Appends (z_t, z_s) of each tap to the list `record`.
         """
-        z, s = x, x.detach() if detach else x  # S is frozen: without x there is nothing to differentiate
+        z, s = x, x.detach() if detach else x  # S is frozen: with x detached, S needs no gradient
         for group, tap, norm in zip(self.groups, self.taps, self.norms):
             z, s = group(z), tap(s)
             if record is not None:
@@ -380,7 +380,7 @@ def training_loss(net, x, y, args, rise=1.0, generator=None):
         step_size = args.step_size or 2.5 * args.eps / args.attack_steps
         x = pgd(net, x, y, eps=rise * args.eps, step_size=rise * step_size, steps=args.attack_steps,
                 norm=args.norm, generator=generator)
-    if not net.training:  # it walks through all modules: without an attack no small part of a step
+    if not net.training:  # this walks through all modules: without an attack that is no small part of a step
         net.train()
     record = []
     logits = net(x, record=record) if args.defense == "abnn" and args.align_weight else net(x)
@@ -401,8 +401,8 @@ def optimizer_of(net, args):
 
 
 def train_epoch(net, optimizer, d, args, epoch, bar=None):
-    """Train for an epoch, whose chance is that of (seed, epoch). Means of loss terms and of accuracy, {tag: number}."""
-    data.tune(True)  # to search for fast convolutions pays in training, which has few batch sizes
+    """Train for an epoch; its randomness follows from (seed, epoch). Means of losses and accuracy, {tag: number}."""
+    data.tune(True)  # searching for fast convolutions pays in training, with its few batch sizes
     sums, steps = defaultdict(float), data.steps_per_epoch(len(d.train.y), args.batch_size)
     noise = distributed.seed(2_000_003 * args.seed + epoch)
     generator = torch.Generator(d.train.y.device).manual_seed(noise)
@@ -423,7 +423,7 @@ def train_epoch(net, optimizer, d, args, epoch, bar=None):
         loss.backward()
         distributed.average_gradients(optimizer)
         optimizer.step()
-        for k, v in terms.items():  # the sums stay on the device: to read one here would stall it
+        for k, v in terms.items():  # the sums stay on the device: reading one here would stall it
             sums[f"losses/{k}"] += v.detach() / steps
         name = "train/robust_acc" if args.defense == "at" else "train/clean_acc"
         sums[name] += (logits.argmax(1) == y).float().mean() / steps
@@ -450,14 +450,14 @@ def pretrained(name, classes):
 
 
 def clean_network(args, d, device):
-    """A plain network trained on the clean images of d; at later calls read from runs_dir/substitutes.  [D4]
+    """A plain network trained on the clean images of d; later calls read it from runs_dir/substitutes.  [D4]
 
     The file is a checkpoint like those of a run with --defense none.
     """
     args = replace(args, defense="none", epochs=args.clean_epochs)
     start = "kinetics" if (args.substitute, args.arch) == ("kinetics", "r3d18") else None
     kept = ("arch", "width", "epochs", "batch_size", "lr", "milestones", "weight_decay", "train_size", "val_size",
-            "bf16", "frames", "split", "seed")  # all that makes another network
+            "bf16", "frames", "split", "seed")  # all that changes the network
     key = {"data": d.name, "start": start, **{k: getattr(args, k) for k in kept}}
     path = data.cache_file(args.runs_dir, "substitutes", f"{d.name}__{args.arch}__{args.seed}", key)
     if distributed.agree(path.exists()):
@@ -553,7 +553,7 @@ def evaluate(net, x, y, eps, norm, others=(), batch_size=500):
     return {name: mask.sum().item() / len(y) for name, mask in alive.items()}
 
 
-# Every attack is PGD; what differs is the mask and the bound. Without steps each is its own twin without a gradient:
+# Every attack is PGD; what differs is the mask and the bound. Without steps each is its own version without a gradient:
 # noise in the ball, a grey square, a frame of noise, black pixels.  [D6]
 PHYSICAL = ("pgd", "roa", "roa_search", "af", "af_universal", "spa")
 
@@ -607,7 +607,7 @@ def evaluate_threats(net, x, y, known, args, part):
             attack = partial(craft, name, source, args=args, generator=generator)
             alive[row] = unbroken(attack, net, x, y, clean, part, **how)
         white, generator = alive["C ce"] & alive["C margin"], torch.Generator(x.device).manual_seed(1)
-        if name != "af_universal":  # more steps, other places, other goals, for what the rows before leave
+        if name != "af_universal":  # more steps, other places and goals, against what the rows before leave
             attack = partial(craft, name, net, args=args, generator=generator, keep_best=True)
             for how in strong:
                 white = unbroken(attack, net, x, y, white, part, **how)
@@ -662,7 +662,7 @@ if __name__ == "__main__":
     run, run_dir = data.named_run(args)
     if run:
         net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
-        args = tyro.cli(Args, description=__doc__, default=own)  # once more: what was given, over the run's own
+        args = tyro.cli(Args, description=__doc__, default=own)  # again: flags given now override the run's own
         data.check_same(args, own, state, free_in_test=["attack_strength"])
     given, video = args, args.dataset in data.VIDEO
     unused = ["frames", "split"] * (not video)
@@ -686,11 +686,11 @@ if __name__ == "__main__":
     device = data.device(args.device)
     d = data.load_as(args, device)
     side = SIDES.get(args.dataset, 32)
-    # Both as uint8, and floats of one part at a time: all test clips of ucf101 would take up to 23 GB.
+    # Both stay uint8; floats are made of one part at a time: of all ucf101 test clips they would take up to 23 GB.
     x_val, y_val = data.centre_clips(d.val.x, args.frames, side) if video else d.val.x, d.val.y
     x_test, y_test = d.test.x, d.test.y
     part = max(500 * 32**2 // ((args.frames if video else 1) * side**2), 16)  # samples in a pass of the evaluation
-    data.tune(False)  # not yet: evaluation has batches of many sizes
+    data.tune(False)  # no tuning yet: evaluation has batches of many sizes
     torch.manual_seed(args.seed)
     net = (net if run else build(args, len(d.classes))).to(device, memory_format=torch.channels_last)
     if not run and args.defense == "abnn":
@@ -698,7 +698,7 @@ if __name__ == "__main__":
     elif not run:
         net.load_state_dict(clean_network(args, d, device).state_dict())  # all defenses start from the same T  [D5]
     if args.compile:
-        net.compile(dynamic=False)  # another batch size is another graph: one of all sizes would be slower
+        net.compile(dynamic=False)  # a graph for each batch size: one for all sizes would be slower
     optimizer = optimizer_of(net, args)
     steps = data.steps_per_epoch(len(d.train.y), args.batch_size, shared=not args.eval_only)
     per_epoch = steps * min(args.batch_size, len(d.train.y))  # samples
@@ -719,7 +719,7 @@ if __name__ == "__main__":
 
     info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, **data.environment(device))
     Writer = distributed.Silent if distributed.rank() or args.eval_only else SummaryWriter
-    writer = Writer(run_dir, purge_step=progress["epoch"] * steps + 1)  # of a resumed run what follows comes again
+    writer = Writer(run_dir, purge_step=progress["epoch"] * steps + 1)  # a resumed run writes what follows again
     if not run:
         data.write_arguments(run_dir, args, info, preset, writer)
         checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
@@ -732,8 +732,8 @@ if __name__ == "__main__":
         scalars = train_epoch(net, optimizer, d, args, epoch, bar)
         seconds = time.time() - started
 
-        # Validation under the full white box. Robust accuracy chooses the best epoch of `at` alone: elsewhere few
-        # samples will do.
+        # Validation under the full white box. Robust accuracy chooses the best epoch only for `at`: otherwise
+        # few samples will do.
         net.eval()
         few, by_robust = min(256, 2 * part), args.defense == "at"
         n = None if by_robust else few
@@ -741,7 +741,7 @@ if __name__ == "__main__":
         robust = survivors(net, x_val[:n], y_val[:n], clean[:n], eps=eps_test, steps=10, norm=args.norm,
                            batch_size=part)
         val = {k: mask.sum().item() / len(mask) for k, mask in (("clean_acc", clean), ("robust_acc", robust))}
-        # One class for everything resists all attacks, and is no classifier.
+        # Predicting one class for everything resists all attacks but is no classifier.
         score = val["robust_acc" if by_robust else "clean_acc"] if val["clean_acc"] > majority + 0.01 else 0.0
         x_few, y_few, step = data.to_float(x_val[:few]), y_val[:few], (epoch + 1) * steps
         x_adv = pgd10(net, x_few, y_few, eps_test, args.norm)
@@ -760,7 +760,7 @@ if __name__ == "__main__":
         if score > progress["best"] or progress["best"] <= 0:  # while no epoch counts, the latest
             progress["best"] = score
             checkpoint("best.pt")
-        checkpoint("last.pt")  # last of all: a run that dies before it repeats the epoch, and finds everything in place
+        checkpoint("last.pt")  # last of all: a run that dies before this repeats the epoch and finds all in place
     bar.close()
 
     # Final evaluation: the test split, for the first and only time.

@@ -111,15 +111,15 @@ class PreActBlock(nn.Module):
 
     def forward(self, x, *extra):
         out = F.relu(self.bn1(x, *extra))
-        # Every stride-th pixel, then the 1x1 convolution: with a stride of its own and few channels it writes past its
-        # memory on a CPU (github.com/uxlfoundation/oneDNN/issues/6035).
+        # Every stride-th pixel, then the 1x1 convolution: one with a stride and few channels writes past its memory on
+        # a CPU (github.com/uxlfoundation/oneDNN/issues/6035).
         shortcut = x if self.shortcut is None else self.shortcut(F.avg_pool2d(out, 1, self.stride))
         out = F.relu(self.bn2(self.conv1(out), *extra))
         return self.conv2(out) + shortcut
 
 
 class PreActResNet(nn.Module):
-    """Images (N, 3, H, W) in [0, 1] to logits (N, classes). `norm` makes a normalisation layer for so many channels."""
+    """Images (N, 3, H, W) in [0, 1] to logits (N, classes). `norm(channels)` makes a normalisation layer."""
 
     def __init__(self, arch, width, classes, norm=nn.BatchNorm2d):
         super().__init__()
@@ -263,11 +263,11 @@ def build(args, classes):
 def stage2_attack(net, x, y, args, generator):
     """Examples of every strength: a quarter of the batch at eps 0, a quarter at eps_max, half uniform between.  [D3]
 
-    The attack goes through the gate and its probe pass, so that it learns against an adversary who fools it too, and by
-    the margin loss: a gate soon misleads cross-entropy. A share `harden` is crafted with w frozen at 0, 1/2 or 1: an
-    adversary who ignores it.  [D4]
+    The attack goes through the gate and its probe pass, so that the gate learns against an adversary who fools it too,
+    and uses the margin loss: a gate soon misleads cross-entropy. A share `harden` is crafted with w frozen at 0, 1/2
+    or 1, by an adversary who ignores the gate.  [D4]
     """
-    n, steps = len(x), max(args.attack_steps, 10)  # a gate soon finds out what a weaker attack overlooks
+    n, steps = len(x), max(args.attack_steps, 10)  # a gate soon learns what a weaker attack overlooks
     rest = n - n // 4  # the last quarter needs no attack: the batch comes in random order
     eps = args.eps * torch.rand(rest, device=x.device, generator=generator)
     full = torch.randperm(rest, device=x.device, generator=generator)[: n // 4]
@@ -308,7 +308,7 @@ def evaluate(net, x, y, eps, norm, others=(), batch_size=500):
 
 
 def frozen_weights(net, args):
-    """Models to attack in the gate's place, where it cannot interfere: w frozen at 0, 1/2 and 1.  [D5]"""
+    """Models to attack instead, where the gate cannot interfere: w frozen at 0, 1/2 and 1.  [D5]"""
     return [partial(net, w=w) for w in (0.0, 0.5, 1.0)] if args.bn == "dual" else []
 
 
@@ -357,7 +357,7 @@ if __name__ == "__main__":
     run, run_dir = data.named_run(args)
     if run:
         net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
-        args = tyro.cli(Args, description=__doc__, default=own)  # once more: what was given, over the run's own
+        args = tyro.cli(Args, description=__doc__, default=own)  # again: flags given now override the run's own
         data.check_same(args, own, state)
     if not run and (args.bn == "single" or args.fusion != "learned"):
         data.refuse_unused(args, *["fusion"] * (args.bn == "single"), "gate", "gate_epochs", "gate_lr", "harden",
@@ -371,11 +371,11 @@ if __name__ == "__main__":
     device = data.device(args.device)
     d = data.load_as(args, device)
     x_val, y_val, x_test, y_test = data.to_float(d.val.x), d.val.y, data.to_float(d.test.x), d.test.y
-    data.tune(False)  # not yet: evaluation has batches of many sizes
+    data.tune(False)  # no tuning yet: evaluation has batches of many sizes
     torch.manual_seed(args.seed)
     net = (net if run else build(args, len(d.classes))).to(device, memory_format=torch.channels_last)
     if args.compile:
-        net.compile(dynamic=False)  # another batch size is another graph: one of all sizes would be slower
+        net.compile(dynamic=False)  # a graph for each batch size: one for all sizes would be slower
     gate = [p for name, p in net.named_parameters() if "gate." in name]
     body = [p for name, p in net.named_parameters() if "gate." not in name]
     optimizers = {1: torch.optim.SGD([dict(params=body, peak=args.lr)], momentum=0.9, nesterov=True, fused=True,
@@ -405,7 +405,7 @@ if __name__ == "__main__":
 
     info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, **data.environment(device))
     Writer = distributed.Silent if distributed.rank() or args.eval_only else SummaryWriter
-    writer = Writer(run_dir, purge_step=progress["epoch"] * steps + 1)  # of a resumed run what follows comes again
+    writer = Writer(run_dir, purge_step=progress["epoch"] * steps + 1)  # a resumed run writes what follows again
     if not run:
         data.write_arguments(run_dir, args, info, preset, writer)
         checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
@@ -419,8 +419,8 @@ if __name__ == "__main__":
         net.requires_grad_(stage == 1 or args.finetune == "all")  # stage 2 trains the gate alone, or everything
         for p in gate:
             p.requires_grad_(stage == 2)
-        data.tune(True)  # to search for fast convolutions pays in training, which has few batch sizes
-        noise = distributed.seed(2_000_003 * args.seed + epoch)  # all chance is that of (seed, epoch)
+        data.tune(True)  # searching for fast convolutions pays in training, with its few batch sizes
+        noise = distributed.seed(2_000_003 * args.seed + epoch)  # all randomness follows from (seed, epoch)
         generator = torch.Generator(device).manual_seed(noise)
         for i, (x, y) in enumerate(data.batches(d.train, args.batch_size, seed=args.seed, epoch=epoch, **d.augment)):
             t = epoch - first + (i + 0.5) / steps  # epochs into the stage, at the middle of the step
@@ -444,7 +444,7 @@ if __name__ == "__main__":
                     logits = {"robust": net(x_adv, 1.0)}
                     if args.bn == "dual":
                         logits["clean"] = net(x, 0.0)
-                else:  # L = CE(f_w(x_eps), y), and nothing to weigh it with; BatchNorm stays in eval mode
+                else:  # L = CE(f_w(x_eps), y), the only term; BatchNorm stays in eval mode
                     logits = {"fused": net(stage2_attack(net, x, y, args, generator))}
                 losses = {k: F.cross_entropy(z.float(), y) for k, z in logits.items()}
                 loss = sum(losses.values()) / len(losses)
@@ -452,7 +452,7 @@ if __name__ == "__main__":
             loss.backward()
             distributed.average_gradients(optimizers[stage])
             optimizers[stage].step()
-            for k, z in logits.items():  # the sums stay on the device: to read one here would stall it
+            for k, z in logits.items():  # the sums stay on the device: reading one here would stall it
                 sums[f"losses/{k}_ce"] += losses[k].detach() / steps
                 sums[f"train/{k}_acc"] += (z.argmax(1) == y).float().mean() / steps
             bar.update()
@@ -470,7 +470,7 @@ if __name__ == "__main__":
         val = {k: mask.sum().item() / len(mask) for k, mask in (("clean_acc", clean), ("robust_acc", robust))}
         score = val["robust_acc" if args.eps else "clean_acc"]
         score = sum(val.values()) / 2 if learned else score  # AFA is for all strengths: both count  [D7]
-        if val["clean_acc"] <= majority + 0.01:  # one class for everything resists all attacks, and is no classifier
+        if val["clean_acc"] <= majority + 0.01:  # one class for everything resists all attacks but is no classifier
             score = 0.0
         x_few, y_few, step = x_val[:256], y_val[:256], (epoch + 1) * steps
         x_adv = pgd10(model, x_few, y_few, eps_test, args.norm)
@@ -484,13 +484,13 @@ if __name__ == "__main__":
                     net(images, record=(record := []))
                 weights = torch.stack([w for _, w in record])
                 scalars[f"afa/weight_{kind}"] = weights.mean().item()
-                writer.add_histogram(f"afa/weights_{kind}", weights, step)  # of one tag, it would hide the scalar
+                writer.add_histogram(f"afa/weights_{kind}", weights, step)  # under one tag it would hide the scalar
         data.log_epoch(writer, bar, f"epoch {epoch + 1}/{len(stages)}", step, scalars, attack_images(x_few, x_adv), d)
         progress.update(epoch=epoch + 1, train_seconds=progress["train_seconds"] + seconds)
         if stage == stages[-1] and (score > progress["best"] or progress["best"] <= 0):  # while none counts, the latest
             progress["best"] = score
             checkpoint("best.pt")
-        checkpoint("last.pt")  # last of all: a run that dies before it repeats the epoch, and finds everything in place
+        checkpoint("last.pt")  # last of all: a run that dies before this repeats the epoch and finds all in place
     bar.close()
 
     # Final evaluation: the test split, for the first and only time.

@@ -1,5 +1,5 @@
-"""VFD-Adv, Vanilla Feature Distillation: adversarial training whose features of an image and of its attacked version
-are also drawn to those of a vanilla network, which knows what predicts and nothing of robustness.
+"""VFD-Adv, Vanilla Feature Distillation: adversarial training that also draws the features of an image and of its
+attacked version to those of a vanilla network, which knows what is predictive and nothing of robustness.
 
 Guodong Cao et al., "Vanilla Feature Distillation for Improving the Accuracy-Robustness Trade-Off in Adversarial
 Training", https://arxiv.org/abs/2206.02158
@@ -119,15 +119,15 @@ class PreActBlock(nn.Module):
 
     def forward(self, x, *extra):
         out = F.relu(self.bn1(x, *extra))
-        # Every stride-th pixel, then the 1x1 convolution: with a stride of its own and few channels it writes past its
-        # memory on a CPU (github.com/uxlfoundation/oneDNN/issues/6035).
+        # Every stride-th pixel, then the 1x1 convolution: one with a stride and few channels writes past its memory on
+        # a CPU (github.com/uxlfoundation/oneDNN/issues/6035).
         shortcut = x if self.shortcut is None else self.shortcut(F.avg_pool2d(out, 1, self.stride))
         out = F.relu(self.bn2(self.conv1(out), *extra))
         return self.conv2(out) + shortcut
 
 
 class PreActResNet(nn.Module):
-    """Images (N, 3, H, W) in [0, 1] to logits (N, classes). `norm` makes a normalisation layer for so many channels."""
+    """Images (N, 3, H, W) in [0, 1] to logits (N, classes). `norm(channels)` makes a normalisation layer."""
 
     def __init__(self, arch, width, classes, norm=nn.BatchNorm2d):
         super().__init__()
@@ -173,7 +173,7 @@ class PreActResNet(nn.Module):
 
 
 def base_loss(z, z_adv, y, args):
-    """Loss of the base on logits (N, C), and its terms unweighted; `at` does not look at z.
+    """Loss of the base on logits (N, C), and its terms unweighted; `at` ignores z.
 
     at: CE(z', y) (Madry et al. 2018). trades: CE(z, y) + beta mean_i KL(p_i || p'_i) (Zhang et al. 2019).
     mart: BCE(z', y) + beta mean_i [KL(p_i || p'_i) (1 - p_i[y_i])], where BCE adds to the cross-entropy a term
@@ -195,8 +195,8 @@ def base_loss(z, z_adv, y, args):
 def pair_distance(s, t, kind):
     """d(s, t) of two batches (N, D), one number, without a gradient into t.  [D1]
 
-    mse: mean over batch and dimensions. normalized-mse: that over the variance of t in the batch, so that a constant
-    reaches 1. cosine: 1 - cos, mean over the batch.
+    mse: mean over batch and dimensions. normalized-mse: mse divided by the variance of t in the batch, so that the
+    constant mean reaches 1. cosine: 1 - cos, mean over the batch.
     """
     t = t.detach()
     if kind == "cosine":
@@ -208,7 +208,7 @@ def pair_distance(s, t, kind):
 def vfd_loss(s, s_adv, t, args, projection=lambda s: s):
     """L_VFD = lambda_adv d(s', t) + lambda_nat d(s, t), of phi or logits (N, D) of S(x'), S(x), T(x); unweighted terms.
 
-    A pair of weight 0 is not looked at.
+    A pair of weight 0 is skipped.
     """
     pairs = {"distance_adv": (args.lambda_adv, s_adv), "distance_nat": (args.lambda_nat, s)}
     terms = {k: pair_distance(projection(v).float(), t, args.distance) for k, (weight, v) in pairs.items() if weight}
@@ -216,7 +216,7 @@ def vfd_loss(s, s_adv, t, args, projection=lambda s: s):
 
 
 def track_statistics(net, on):
-    """Do passes in training mode move BatchNorm's running statistics? They normalise by the batch either way.  [D5]"""
+    """Let passes in training mode move BatchNorm's running statistics or not: they use the batch's anyway.  [D5]"""
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.track_running_stats = on
@@ -239,7 +239,7 @@ def vanilla_teacher(args, d):
     optimizer = torch.optim.SGD(teacher.parameters(), args.teacher_lr, momentum=0.9, nesterov=True, fused=True,
                                 weight_decay=args.weight_decay)
     steps = data.steps_per_epoch(len(d.train.y), args.batch_size)
-    data.tune(True)  # to search for fast convolutions pays in training, which has few batch sizes
+    data.tune(True)  # searching for fast convolutions pays in training, with its few batch sizes
     for epoch in range(args.teacher_epochs):  # one cycle, as below
         for i, (x, y) in enumerate(data.batches(d.train, args.batch_size, seed=seed, epoch=epoch, **d.augment)):
             t = (epoch + (i + 0.5) / steps) / args.teacher_epochs
@@ -287,7 +287,7 @@ def compare(net, projection, teacher, x, y, eps, args):
             a, b = s - s.mean(0), t - t.mean(0)
             cka = (a.T @ b).square().sum() / ((a.T @ a).norm() * (b.T @ b).norm()).clamp_min(1e-12)
             result[f"cka_{kind}"] = cka.item()
-            if (s := projection(s)).shape == t.shape:  # without a loss nothing trains a projection, and there is none
+            if (s := projection(s)).shape == t.shape:  # without distillation there is no projection
                 result[f"distance_{kind}"] = pair_distance(s, t, "normalized-mse").item()
     return result
 
@@ -369,7 +369,7 @@ if __name__ == "__main__":
     run, run_dir = data.named_run(args)
     if run:
         net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
-        args = tyro.cli(Args, description=__doc__, default=own)  # once more: what was given, over the run's own
+        args = tyro.cli(Args, description=__doc__, default=own)  # again: flags given now override the run's own
         data.check_same(args, own, state)
     else:
         unused = ["beta"] * (args.base == "at") + ["distill", "distance"] * (args.lambda_adv == args.lambda_nat == 0)
@@ -389,9 +389,9 @@ if __name__ == "__main__":
     device = data.device(args.device)
     d = data.load_as(args, device)
     x_val, y_val, x_test, y_test = data.to_float(d.val.x), d.val.y, data.to_float(d.test.x), d.test.y
-    data.tune(False)  # not yet: evaluation has batches of many sizes
+    data.tune(False)  # no tuning yet: evaluation has batches of many sizes
     teacher, projection = None, nn.Identity()
-    if args.teacher or args.lambda_adv != 0 or args.lambda_nat != 0:  # None is not 0 yet
+    if args.teacher or args.lambda_adv != 0 or args.lambda_nat != 0:  # a weight left at None is not 0
         path = run_dir / "teacher.pt" if run else args.teacher or vanilla_teacher(args, d)
         teacher, teacher_state = load_teacher(path, args, len(d.classes), device)
         teacher_val = survivors(teacher, x_val, y_val, eps=0, steps=0).float().mean().item()
@@ -406,7 +406,7 @@ if __name__ == "__main__":
     if distilling and args.distill == "features" and net.fc.in_features != teacher.fc.in_features:
         projection = nn.Linear(net.fc.in_features, teacher.fc.in_features).to(device)  # no part of the tested network
     if args.compile:
-        net.compile(dynamic=False)  # another batch size is another graph: one of all sizes would be slower
+        net.compile(dynamic=False)  # a graph for each batch size: one for all sizes would be slower
         if teacher is not None:
             teacher.compile(dynamic=False)
     optimizer = torch.optim.SGD([*net.parameters(), *projection.parameters()], args.lr, momentum=0.9,
@@ -436,7 +436,7 @@ if __name__ == "__main__":
 
     info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, **data.environment(device))
     Writer = distributed.Silent if distributed.rank() or args.eval_only else SummaryWriter
-    writer = Writer(run_dir, purge_step=progress["epoch"] * steps + 1)  # of a resumed run what follows comes again
+    writer = Writer(run_dir, purge_step=progress["epoch"] * steps + 1)  # a resumed run writes what follows again
     if not run:
         data.write_arguments(run_dir, args, info, preset, writer)
         checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
@@ -446,8 +446,8 @@ if __name__ == "__main__":
     bar = tqdm(total=args.epochs * steps, initial=progress["epoch"] * steps, disable=distributed.rank() > 0 or None)
     for epoch in range(progress["epoch"], 0 if args.eval_only else args.epochs):
         started, sums = time.time(), defaultdict(float)
-        data.tune(True)  # to search for fast convolutions pays in training, which has few batch sizes
-        noise = distributed.seed(2_000_003 * args.seed + epoch)  # all chance is that of (seed, epoch)
+        data.tune(True)  # searching for fast convolutions pays in training, with its few batch sizes
+        noise = distributed.seed(2_000_003 * args.seed + epoch)  # all randomness follows from (seed, epoch)
         generator = torch.Generator(device).manual_seed(noise)
         for i, (x, y) in enumerate(data.batches(d.train, args.batch_size, seed=args.seed, epoch=epoch, **d.augment)):
             t = epoch + (i + 0.5) / steps  # epochs, at the middle of the step
@@ -470,8 +470,8 @@ if __name__ == "__main__":
                             loss="kl" if args.base == "trades" else "ce", generator=generator)
                 net.train()
                 # Two passes, the clean one first, as in the code of the authors of TRADES and MART. There both move
-                # the running statistics. AT has no clean pass of its own: one that is added must not, or statistics
-                # alone cost robustness, and the loss on it gets the blame.  [D5]
+                # the running statistics. AT has no clean pass of its own: an added one must not move them, or they
+                # alone cost robustness, and the loss on that pass gets the blame.  [D5]
                 z = phi = None
                 if clean_pass:
                     track_statistics(net, args.base != "at" or args.clean_pass == "update")
@@ -489,7 +489,7 @@ if __name__ == "__main__":
             loss.backward()
             distributed.average_gradients(optimizer)
             optimizer.step()
-            for k, v in terms.items():  # the sums stay on the device: to read one here would stall it
+            for k, v in terms.items():  # the sums stay on the device: reading one here would stall it
                 sums[f"losses/{k}"] += v.detach() / steps
             for k, v in (("clean", z), ("robust", z_adv)):
                 if v is not None:
@@ -505,7 +505,7 @@ if __name__ == "__main__":
         clean = survivors(net, x_val, y_val, eps=0, steps=0)
         robust = survivors(net, x_val, y_val, clean, eps=eps_test, steps=10, norm=args.norm)
         val = {k: mask.sum().item() / len(mask) for k, mask in (("clean_acc", clean), ("robust_acc", robust))}
-        # One class for everything resists all attacks, and is no classifier.
+        # Predicting one class for everything resists all attacks but is no classifier.
         score = val["robust_acc" if args.eps else "clean_acc"] if val["clean_acc"] > majority + 0.01 else 0.0
         seen = {} if teacher is None else compare(net, projection, teacher, x_seen, y_seen, eps_test, args)
         for k, v in (seen | {"val_clean": val["clean_acc"], "val_robust": val["robust_acc"]}).items():
@@ -522,7 +522,7 @@ if __name__ == "__main__":
         if score > progress["best"] or progress["best"] <= 0:  # while no epoch counts, the latest
             progress["best"] = score
             checkpoint("best.pt")
-        checkpoint("last.pt")  # last of all: a run that dies before it repeats the epoch, and finds everything in place
+        checkpoint("last.pt")  # last of all: a run that dies before this repeats the epoch and finds all in place
     bar.close()
 
     # Final evaluation: the test split, for the first and only time.

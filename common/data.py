@@ -5,7 +5,7 @@ A data set is three `Split`s (train, val, test) of images (N, H, W, 3) uint8 and
 lives on the device; a batch is one gather that crops and flips on the way (no worker processes, no per-image Python).
 Training images that do not fit wait in host memory, and the batches alone are copied.
 The validation split is taken from *train* with a fixed seed, the same for all runs; the test split is the official one.
-Clips of a video set are (N, T, H, W, 3) in the place of images, their batches come from `clip_batches`.
+A video set has clips (N, T, H, W, 3) instead of images; their batches come from `clip_batches`.
 
 `digits` is drawn by `draw_digits` below: no download, and the same bytes on every machine.
 """
@@ -46,7 +46,7 @@ SPLIT_SEED = 0  # of the validation split and of every subset: fixed, so that ru
 
 
 class UserError(SystemExit):
-    """What the user can mend, in one line that says how: to raise it prints the line and ends the program, status 2."""
+    """What the user can fix, in one line that says how. Raising it prints the line and ends the program, status 2."""
 
     def __init__(self, message):
         super().__init__(2)
@@ -60,7 +60,7 @@ class UserError(SystemExit):
 
 
 class Split(NamedTuple):
-    x: torch.Tensor  # images (N, H, W, 3), uint8; of a split that is streamed in host memory
+    x: torch.Tensor  # images (N, H, W, 3), uint8; in host memory if the split is streamed
     y: torch.Tensor  # labels (N,), int64, on the device
 
 
@@ -125,7 +125,7 @@ def read(path, device):
 
 @contextmanager
 def usable(path, otherwise):
-    """Whatever a damaged or a wrong file leads to in here raises UserError: the path, `otherwise`, and why."""
+    """Turn any error that a damaged or wrong file causes in here into a UserError: the path, `otherwise`, and why."""
     try:
         yield
     except Exception as error:
@@ -162,7 +162,7 @@ def check(args, **own):
     ranges |= {k: (1e-9, math.inf) for k in ("lr", "step_size")}
     for k, (low, high) in (ranges | own).items():
         value = getattr(args, k)
-        if value is not None and not low <= value <= high:  # written so, it refuses nan too
+        if value is not None and not low <= value <= high:  # in this form it refuses nan too
             limit = f"at least {low:g}" if not value >= low else f"at most {high:g}"
             raise UserError(f"--{k.replace('_', '-')} must be {limit}, not {value:g}")
     if args.eps and getattr(args, "defense", "at") == "at" and args.eps_warmup_epochs >= args.epochs:
@@ -183,7 +183,7 @@ def refuse_unused(args, *names):
 
 
 def new_folder(parent, name):
-    """Make and return parent/name, with a plus sign behind it when another run of the same second has that name."""
+    """Make and return parent/name, with a plus sign appended when another run of the same second has that name."""
     path = Path(parent, name)
     try:
         if distributed.rank() == 0:
@@ -244,9 +244,9 @@ def checkpoints(run, script):
 
 
 def publish(args, run_dir, writer, d, info, eps, state, table, method, lines, points=()):
-    """The end of a run, whose last checkpoint is `state`: results.json, or with --eval-only eval.json; `table`
-    {checkpoint: {column: number}}, the curves method["curves"] {name: {255 eps: accuracy}}, and a method's own `lines`
-    (tuples), to the terminal; both tables, and a method's own `points` (tag, value, x), to TensorBoard.
+    """The end of a run, whose last checkpoint is `state`. Writes results.json, or eval.json with --eval-only. Prints
+    `table` {checkpoint: {column: number}}, the curves method["curves"] {name: {255 eps: accuracy}} and a method's own
+    `lines` (tuples). Logs both tables and a method's own `points` (tag, value, x) to TensorBoard, and closes it.
     """
     written, curves = run_dir / ("eval.json" if args.eval_only else "results.json"), method["curves"]
     n, seconds = len(d.train.y), state["train_seconds"]
@@ -270,9 +270,9 @@ def publish(args, run_dir, writer, d, info, eps, state, table, method, lines, po
 
 
 def cache_file(runs_dir, kind, name, key, content=()):
-    """runs_dir/kind/name__hash.pt, its folder made: where a trained network is kept, to be found by runs to come.
+    """runs_dir/kind/name__hash.pt, its folder made: where a trained network is kept for later runs to find.
 
-    The hash is of `key`, all that would make it another network, of the tensors `content`, and of the number of
+    The hash is of `key`, all that would change the network, of the tensors `content`, and of the number of
     processes. Raises UserError when the folder cannot be made.
     """
     key = key | ({"processes": distributed.world()} if distributed.world() > 1 else {})
@@ -289,7 +289,7 @@ def cache_file(runs_dir, kind, name, key, content=()):
 
 def named_run(args):
     """(what the arguments name with --resume or --eval-only, its folder), or (None, None). Raises UserError where both
-    are given, and where the folder is read-only. From here on an interruption is one line."""
+    are given, and where the folder is read-only. From here on an interruption prints one line."""
     run = args.resume or args.eval_only
     if args.resume and args.eval_only:
         raise UserError("--resume continues a run, --eval-only evaluates one: choose")
@@ -355,7 +355,7 @@ def on_interrupt(run_dir):
 def device(name):
     """The torch.device of auto, cpu, cuda or cuda:N. Raises UserError when it cannot be used.
 
-    Of several processes each takes the GPU of its number on its machine.
+    With several processes, each takes the GPU with its number on its machine.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -374,7 +374,7 @@ def tune(training, exact=False):
     """Search for the fastest convolutions and run compiled graphs in training, whose batches have few sizes. Elsewhere
     each size, precision and flag would cost another search, of seconds, and another graph, of minutes.
 
-    What is published is `exact`: full float32, in the place of the TF32 that a GPU multiplies with otherwise.
+    Published numbers are `exact`: full float32 instead of the TF32 that a GPU multiplies with otherwise.
     """
     torch.backends.cudnn.benchmark = training
     torch.backends.cudnn.allow_tf32 = not exact
@@ -398,7 +398,7 @@ def means(sums, epoch, lr, flag="--lr"):
 
 
 def peak_memory(device):
-    """The most memory so far in GB: of tensors on a GPU, of the whole process on the CPU (0 where nobody tells)."""
+    """The most memory so far in GB: of tensors on a GPU, of the whole process on the CPU (0 where it is unknown)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:
@@ -410,7 +410,7 @@ def peak_memory(device):
 
 def environment(device):
     """What a result came from: the command, the device, the versions and the commit (None outside a git checkout), with
-    -dirty behind it when a program differs from it: the tables that a list of runs fills may."""
+    -dirty appended when a program differs from it; the tables that a list of runs fills may differ."""
     import torchvision  # not above: it takes as long as torch itself, and neither --help nor a refusal needs it
 
     git = f"git -C {shlex.quote(str(Path(__file__).resolve().parent.parent))}"
@@ -430,7 +430,7 @@ def _fraction(words):
         raise ValueError(f"{words[0]} divides by zero") from None
 
 
-# The type of an argument in pixels, written and shown as people do it: 8/255. Argument parsers know no fractions.
+# The type of an argument in pixels, written and shown as people do: 8/255. Argument parsers know no fractions.
 Pixels = Annotated[float, tyro.constructors.PrimitiveConstructorSpec(
     nargs=1, metavar="N/255", instance_from_str=_fraction, is_instance=lambda value: isinstance(value, float),
     str_from_instance=lambda value: [f"{255 * value:g}/255"])]  # fmt: skip
@@ -444,7 +444,7 @@ def load(name, data_dir="data", device="cpu", train_size=None, val_size=1000, te
          **options):  # fmt: skip
     """The data set `name`, with a validation split of `val_size` images held out of train.
 
-    Sizes are the first so many of a permutation that is the same for every run; None means all there are. Files are
+    A size takes that many from the start of a permutation that is the same for every run; None takes all. Files are
     read in their standard layout from `data_dir` and downloaded to it, with their checksum verified, when they are not
     there. Training images stay in host memory with `data_on="host"`, and with "auto" where they would take more than
     60 % of the free memory of a GPU. `options` are those of the data set's reader. Raises UserError with one line that
@@ -455,7 +455,7 @@ def load(name, data_dir="data", device="cpu", train_size=None, val_size=1000, te
         raise UserError(f"unknown data set {name!r}: choose one of {', '.join(READERS)}")
     with distributed.first_alone():  # a reader may download and decode
         (x, y), (x_test, y_test), classes, official = READERS[name](Path(data_dir), **options)
-    for images, labels in ((x, y), (x_test, y_test)):  # of a reader of your own
+    for images, labels in ((x, y), (x_test, y_test)):  # the reader may be your own
         if getattr(images, "dtype", None) != np.uint8 or images.ndim < 4 or images.shape[-1] != 3 \
                 or getattr(labels, "dtype", None) != np.int64 or labels.shape != images.shape[:1]:
             raise UserError(f"{name}: a reader returns numpy arrays, images (N, H, W, 3) uint8 and labels (N,) int64")
@@ -494,7 +494,7 @@ VIDEO = ("moving-digits", "ucf101")  # the sets of clips
 
 
 def load_as(args, device, data_dir=None):
-    """The data set that the arguments of a script, or of a run, ask for; `data_dir` is in the place of theirs."""
+    """The data set that the arguments of a script, or of a run, ask for; `data_dir` replaces theirs."""
     options = dict(frames=args.frames, split=args.split) if args.dataset in VIDEO else {}
     return load(args.dataset, data_dir or args.data_dir, device, args.train_size, args.val_size, args.test_size,
                 args.data_on, **options)  # fmt: skip
@@ -529,8 +529,8 @@ def _slices(n, batch_size):
 def _fetch(x, rows, device, streamed):
     """Yield x[r] on the device for each r in `rows`.
 
-    From host memory a thread gathers one batch ahead and copies it without waiting, which takes pinned memory. To pin
-    all of x would bring nothing: the rows of a batch have to be brought together first.
+    From host memory a thread gathers one batch ahead and copies it without waiting, which takes pinned memory. Pinning
+    all of x would gain nothing: the rows of a batch have to be brought together first.
     """
     if not streamed:
         yield from (x[r] for r in rows)
@@ -540,7 +540,7 @@ def _fetch(x, rows, device, streamed):
         batch = torch.empty(len(r), *x.shape[1:], dtype=x.dtype, pin_memory=device.type == "cuda")
         return torch.index_select(x, 0, r, out=batch).to(device, non_blocking=True)
 
-    # A new thread is on the first GPU, and would take memory there too.
+    # A new thread starts on the first GPU, and would take memory there too.
     begin = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
     with ThreadPoolExecutor(1, initializer=begin) as thread:
         ahead = thread.submit(gather, rows[0])
@@ -559,8 +559,8 @@ def batches(split, batch_size, *, seed, epoch, pad=0, flip=False, streamed=False
     """One shuffled epoch of (x, y): floats (B, 3, H, W) in [0, 1] and labels (B,), on the device of the labels.
 
     Each image is cropped at its own random position from its zero-padded version (`pad` pixels a side) and flipped with
-    probability 1/2 (`flip`). Order and augmentation depend on (seed, epoch) alone: that is what makes resuming exact.
-    Several processes get a part of each batch.
+    probability 1/2 (`flip`). Order and augmentation depend on (seed, epoch) alone: that makes resuming exact. With
+    several processes, each gets a part of every batch.
     """
     n, height, width, _ = split.x.shape
     device, slices = split.y.device, _slices(n, batch_size)
@@ -589,7 +589,7 @@ def clip_batches(split, batch_size, *, seed, epoch, frames, flip=False, size=Non
                  streamed=False):  # fmt: skip
     """One shuffled epoch of (x, y) of clips: floats (B, 3, frames, H, W) in [0, 1] and labels (B,).
 
-    Each clip starts at a random frame. With `size` it is a random square of the frame, the same in all frames, whose
+    Each clip starts at a random frame. With `size` it is cropped to a random square, the same in all frames, whose
     side is `scale` of the shorter side (both ends included), resized to size x size. `flip` is that of `batches`.
     Order, augmentation and parts are those of `batches`.
     """
@@ -654,7 +654,7 @@ def _md5(path):
 
 
 def _official(files):
-    """Are `files` {path: md5} the published ones? Names those that are not: a changed byte shows nowhere else."""
+    """Are `files` {path: md5} the published ones? Prints those that are not: a changed byte shows nowhere else."""
     others = [path.name for path, md5 in files.items() if not path.exists() or _md5(path) != md5]
     if others:
         print(f"warning: by their md5 these are not the published files: {', '.join(others)}")
@@ -668,7 +668,7 @@ def _damaged(path, error, remove=None):
 
 def _download(what, data_dir, name, archive, fetch):
     """Let fetch(folder) make `name` in a folder of its own, then rename it into data_dir: what is there is complete,
-    whether a run is killed or several download at a time. An archive that lies there already is used.
+    whether a run is killed or several download at a time. An archive that is already there is used.
     """
     there = data_dir.exists()
     try:
@@ -685,7 +685,7 @@ def _download(what, data_dir, name, archive, fetch):
     except Exception as error:  # network, disk and checksum errors have no common base class here
         with suppress(OSError):
             if not there:
-                data_dir.rmdir()  # of a mistyped path nothing stays
+                data_dir.rmdir()  # a mistyped path leaves nothing behind
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{what} is not in {data_dir.resolve()} and its download failed ({reason}); put "
                         "the files there yourself or name their folder with --data-dir") from None  # fmt: skip
@@ -842,7 +842,7 @@ def _decode(files, cache):
 # shape is a *robust* feature. In one image of seven the glyph is that of a random class, so that shape alone does not
 # suffice. Over it lies a texture, a pattern of signs that belongs to the class, of an amplitude that differs from image
 # to image (0 to 13/255): *predictive, and only partly robust*, like much of what networks find in photographs. Plain
-# training lives on the texture (96 % clean) and falls to 2 % at an eps of 4/255; adversarial training at 8/255 makes
+# training relies on the texture (96 % clean) and falls to 2 % at an eps of 4/255; adversarial training at 8/255 makes
 # do with the shape (88 % clean); what lies between the two is what the methods are about.
 # All arithmetic that decides a byte is on integers, or on floats that hold integers exactly: rounding cannot differ
 # between processors, and the checksum in the tests holds everywhere.
@@ -945,7 +945,7 @@ def read_digits(data_dir):
 # --- The embedded video set
 # A soft digit moves in one of eight directions over a smooth coloured background with two digits that stand still. It
 # leaves the frame on one side and returns on the other, and starts anywhere: a single frame says nothing of the class,
-# only the order of the frames does. What is said above of integers holds here too.
+# only the order of the frames does. What is said of integers above holds here too.
 
 MOTIONS = {"east": (64, 0), "southeast": (45, 45), "south": (0, 64), "southwest": (-45, 45), "west": (-64, 0),
            "northwest": (-45, -45), "north": (0, -64), "northeast": (45, -45)}  # fmt: skip
@@ -1035,7 +1035,7 @@ def read_ucf101(data_dir, frames=16, split=1):
         files[part] = [dataset.samples[i] for i in dataset.indices]
         if not files[part]:
             raise UserError(f"{root} has none of the videos in {lists / f'{part}list{split:02d}.txt'}")
-        # Kept in the order that splits are taken in: they are slices of one file then, mapped by all processes alike.
+        # Kept in the order in which splits are taken: they are then slices of one file, which all processes map.
         files[part] = [files[part][i] for i in _permutation(len(files[part]))]
     official = len(files["train"]) + len(files["test"]) == 13_320 and len(dataset.classes) == 101
     cache = data_dir / "ucf101-clips"

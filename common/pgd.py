@@ -1,11 +1,11 @@
-"""Projected gradient descent, and what is PGD with other settings.
+"""Projected gradient descent, and the attacks that are PGD with other settings.
 
 | attack                     | call                                                                     |
 |----------------------------|--------------------------------------------------------------------------|
 | FGSM                       | `steps=1, step_size=eps, random_start=False`                             |
 | PGD-K (Madry et al. 2018)  | `steps=K` with the default `loss="ce"`                                   |
 | CW-style                   | `loss="margin"` (the margin of Carlini & Wagner 2017, inside the ball)   |
-| TRADES' inner attack       | `loss="kl"`, with the clean logits in the place of `y`                   |
+| TRADES' inner attack       | `loss="kl"`, with the clean logits in place of `y`                       |
 | multi-targeted             | `survivors(..., targets=k)`, with the loss `lead`                        |
 | patch, frame, few pixels   | `masked_attack(...)`: `mask=...` and `eps=1`                             |
 | one frame for all inputs   | `universal(...)`                                                         |
@@ -65,9 +65,9 @@ def _per_sample(value, x):
 def check_images(x, eps, norm="linf"):
     """Raise ValueError for images that are not in [0, 1] and for an eps that is no radius in pixels; uint8 is fine.
 
-    Normalised images would be cut off at 0 and 1 without a word, and the result would look like robustness.
+    Normalised images would be silently cut off at 0 and 1, and the result would look like robustness.
     """
-    if x.is_floating_point() and len(x) and not (x.min() >= 0 and x.max() <= 1):  # written so, it refuses nan too
+    if x.is_floating_point() and len(x) and not (x.min() >= 0 and x.max() <= 1):  # in this form it refuses nan too
         raise ValueError(f"images must be in [0, 1], not in [{x.min():g}, {x.max():g}]: put the normalisation into the "
                          "network, as in nn.Sequential(Normalize(mean, std), network).eval()")  # fmt: skip
     _check_eps(float(torch.as_tensor(eps).max()), norm)
@@ -117,7 +117,7 @@ def pgd(model, x, y, *, eps, step_size, steps, norm="linf", loss="ce", random_st
         step_size: length of a step in pixels, a float or one value per sample (N,).
         steps: number of gradient steps; each costs one forward and one backward pass.
         norm: "linf" (sign steps) or "l2" (normalised gradient steps).
-        loss: "ce", "margin", "kl", or a function (logits, y) -> (N,). The attack raises it; `targeted`, it lowers it.
+        loss: "ce", "margin", "kl", or a function (logits, y) -> (N,). The attack raises it, or lowers it if `targeted`.
         random_start: begin at a uniform draw from the ball instead of at x; or the draw itself, a tensor like x.
         restarts: independent random starts; the worst result of each sample is kept.
         keep_best: keep the worst iterate of each sample, not the last one. Costs one more forward pass.
@@ -131,8 +131,8 @@ def pgd(model, x, y, *, eps, step_size, steps, norm="linf", loss="ce", random_st
 
     Worst means: fooled before not fooled, then by the loss. Parameters are frozen during the attack and restored to
     what they were. Modes, `.grad` and the arguments are left alone. Raises ValueError for bad arguments, for a model in
-    training mode, and for a model without a gradient from its output to its input. To look whether x is in [0, 1] would
-    stall a GPU: `check_images` does.
+    training mode, and for a model without a gradient from its output to its input. Checking that x is in [0, 1] would
+    stall a GPU: `check_images` does it.
     """
     module = module_of(model)
     if norm not in ("linf", "l2"):
@@ -154,7 +154,7 @@ def pgd(model, x, y, *, eps, step_size, steps, norm="linf", loss="ce", random_st
     x, y, eps, step_size = x.detach(), y.detach(), _per_sample(eps, x), _per_sample(step_size, x)
     label = y if y.ndim == 1 else y.argmax(1)
 
-    def project(x_adv):  # in place: takes x_adv over
+    def project(x_adv):  # in place: overwrites x_adv
         delta = x_adv.sub_(x)
         if mask is not None:
             delta.mul_(mask)
@@ -218,7 +218,7 @@ def pgd(model, x, y, *, eps, step_size, steps, norm="linf", loss="ce", random_st
 
 @torch.no_grad()
 def likeliest_wrong(model, x, y, k, batch_size=500):
-    """The k classes (k, N) that `model` finds likeliest beside y, the first one first; as many as there are."""
+    """The k wrong classes that `model` finds likeliest, (k, N), the likeliest first; fewer where there are fewer."""
     logits = torch.cat([model(to_float(part)).float() for part in x.split(batch_size)])
     return logits.scatter(1, y[:, None], float("inf")).argsort(1, descending=True)[:, 1 : k + 1].T
 
@@ -229,7 +229,7 @@ def survivors(model, x, y, alive=None, *, eps, steps, step_size=None, relative_s
 
     Only samples marked in `alive` (N,) are attacked, in each restart those that survived the ones before: what is
     broken stays broken. step_size None is `relative_step` * eps. With `targets=k` each restart is k
-    attacks, towards each of the k classes likeliest without an attack beside y, with the loss `lead`. `source` is
+    attacks with the loss `lead`, one towards each of the k wrong classes likeliest without an attack. `source` is
     another model to craft on, for a transfer attack. The other `settings` are those of `pgd`; eps and step_size may be
     one value per sample. A misclassified sample that an attack happens to repair counts as a survivor: pass the clean
     mask as `alive`. `x` may be uint8 as in a data set: floats are made for `batch_size` samples at a time.
@@ -268,7 +268,7 @@ def survivors(model, x, y, alive=None, *, eps, steps, step_size=None, relative_s
 
 
 def pgd10(model, x, y, eps, norm="linf"):
-    """PGD-10 without a random start: examples to look at a network with, the same at each look."""
+    """PGD-10 without a random start: examples to watch a network with, the same each time."""
     return pgd(model, x, y, eps=eps, step_size=eps / 4, steps=10, norm=norm, random_start=False)
 
 
@@ -280,7 +280,7 @@ def robustness_curve(model, x, y, eps, norm="linf", batch_size=500):
     clean, curve = survivors(model, x, y, eps=0, steps=0, batch_size=batch_size), {}
     for f in shown((0, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 3 / 2, 2, 8), "robustness curve"):
         e = eps * f  # of 8/255: 0 1 2 4 6 8 12 16 64
-        radius = min(e, 1.0) if norm == "linf" else e  # which is all images
+        radius = min(e, 1.0) if norm == "linf" else e  # 1 covers all images
         alive = survivors(model, x, y, clean, eps=radius, steps=20, norm=norm, batch_size=batch_size) if e else clean
         curve[f"{255 * e:.4g}"] = alive.sum().item() / len(y)
     return curve
@@ -336,7 +336,7 @@ def square_mask(corners, side, x):
 
 
 def frame_mask(width, x):
-    """The border of so many pixels, boolean (H, W)."""
+    """The border, `width` pixels wide, boolean (H, W)."""
     mask = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device)
     mask[width : x.shape[-2] - width, width : x.shape[-1] - width] = False
     return mask
@@ -352,7 +352,7 @@ def pixel_mask(count, x, generator=None):
 def search_corners(model, x, y, side, loss="ce", candidates=20):
     """Corners (N, [T,] 2) of squares by gradient search (Wu et al. 2020, arXiv 1909.09552).
 
-    Of the windows with the largest squared gradient the one in which a grey square raises the loss most. In a clip the
+    Of the windows with the largest squared gradient, the one where a grey square raises the loss most. In a clip the
     k-th best windows of all frames are tried together.
     """
     x, loss_fn = x.detach().requires_grad_(), loss if callable(loss) else LOSSES[loss]
@@ -370,7 +370,7 @@ def search_corners(model, x, y, side, loss="ce", candidates=20):
 
 
 class _Pasted(nn.Module):
-    """One image or clip (1, C, ...), the logits of all of x with its masked pixels in the place of theirs."""
+    """Maps one image or clip (1, C, ...) to the logits of all of x with its masked pixels pasted into them."""
 
     def __init__(self, model, x, mask):
         super().__init__()
@@ -383,7 +383,7 @@ class _Pasted(nn.Module):
 
 
 def universal(model, x, y, mask, *, steps, step_size=0.05, loss="ce", generator=None):
-    """One image or clip (1, C, ...) whose masked pixels, pasted into all of x, raise the loss; from random, without a
+    """One image or clip (1, C, ...) whose masked pixels, pasted into all of x, raise the loss; from noise, without a
     bound. Learn it on other samples than those it is tested on."""
     return pgd(_Pasted(model, x, mask), torch.full_like(x[:1], 0.5), y, eps=1.0, step_size=step_size, steps=steps,
                mask=mask, loss=loss, generator=generator)  # fmt: skip
@@ -400,7 +400,7 @@ def masked_attack(name, model, x, y, size, *, steps=30, loss="ce", frame=None, g
     | `af_universal` | the border, from `frame` (1, C, ...), which `universal` learns | width  |        |
     | `spa`          | random pixels, "salt and pepper"                               | number | black  |
 
-    Without steps each is its own twin without a gradient: a grey square, a border of noise, black pixels.
+    Without steps each is its own version without a gradient: a grey square, a border of noise, black pixels.
     """
     attack = partial(pgd, model, y=y, eps=1.0, step_size=0.05, steps=steps, loss=loss, generator=generator,
                      keep_best=keep_best)  # fmt: skip
@@ -418,10 +418,10 @@ def masked_attack(name, model, x, y, size, *, steps=30, loss="ce", frame=None, g
 
 
 def unbroken(attack, model, x, y, alive, batch_size, target=None, **how):
-    """Which of the samples `alive`, a mask (N,), `model` still gets right after attack(x, y, **how), whatever that is.
+    """Which samples of the mask `alive` (N,) `model` still gets right after attack(x, y, **how), whatever that is.
 
     x are floats or uint8, `batch_size` samples at a time. With `target`, classes (N,), by the loss `lead` towards them.
-    Of several processes each draws for its share.
+    With several processes, each draws for its share.
     """
     alive = alive.clone()
     mine = alive.nonzero().squeeze(1)[distributed.share(int(alive.sum()))]

@@ -503,12 +503,11 @@ if __name__ == "__main__":
             method = measure(net, x_test, y_test, eps_test, args)
         row = evaluate(net, x_test, y_test, eps_test, args.norm, others)
         table |= dict.fromkeys(names, {"epoch": state["epoch"], **row})
-    lines = [("mean w at eps",), *((f"{255 * e:.4g}/255", sum(w) / len(w))
-                                   for e, w in zip(method["strengths"], method["weight_mean"]))]
-    points = []
-    for i, e in enumerate(method["strengths"]):
-        weights = enumerate(method["weight_mean"][i] if learned else ())
-        points += [(f"afa/weight/layer{layer}", w, 255 * e) for layer, w in weights]
+    lines, points = [("mean w at eps",)] * learned, []
+    for i, (e, weights) in enumerate(zip(method["strengths"], method["weight_mean"])):
+        if learned:
+            lines.append((f"{255 * e:.4g}/255", sum(weights) / len(weights)))
+            points += [(f"afa/weight/layer{layer}", w, 255 * e) for layer, w in enumerate(weights)]
         for name, statistic in method["statistics"].items():
             for what, *shifts in zip(("mean", "log_sd"), *statistic["shift"]):  # shifts: [layer][strength]
                 points.append((f"afa/shift_{what}/{name}", sum(s[i] for s in shifts) / len(shifts), 255 * e))

@@ -15,7 +15,7 @@ What stands between a marker and `<!-- end -->` belongs to this program:
     <!-- ratio: speed_abnn; A; B -->     A over B of these, inside a sentence or a row
     <!-- scale: scale -->                samples a second and memory of the runs in results/scale.csv
     <!-- sweep: vfd_adv_sweep digits --> robust validation accuracy by lambda and base
-    <!-- summary: digits -->             the rows of SUMMARY, of all methods
+    <!-- summary: digits -->             the rows of SUMMARY, of all methods; also `cifar10 reduced`
     <!-- value: afa digits; AFA; worst -->   one number, inside a sentence or a row
 
 Fractions are shown in percent. What no csv has yet is shown as "not yet measured".
@@ -52,7 +52,7 @@ NAMES = {
              "--no-equalised": "ABNN, map that learns", "--align-weight 1.0": "ABNN, alignment loss",
              "--defense at": "PGD-AT", "--defense none": "undefended"},
 }  # fmt: skip
-SUMMARY = (("afa", "AFA"), ("afa", "PGD-AT, 16 epochs"), ("aalp", "AALP, both modules"), ("aalp", "ALP"),
+SUMMARY = (("afa", "AFA"), ("afa", "PGD-AT"), ("aalp", "AALP, both modules"), ("aalp", "ALP"),
            ("aalp", "no pairing"), ("vfd_adv", "AT + VFD"), ("vfd_adv", "AT"), ("vfd_adv", "TRADES + VFD"),
            ("vfd_adv", "TRADES"), ("vfd_adv", "MART + VFD"), ("vfd_adv", "MART"), ("abnn", "ABNN"), ("abnn", "PGD-AT"),
            ("abnn", "undefended"))  # fmt: skip
@@ -198,10 +198,14 @@ def sweep(source):
     return grid(["lambda (both)", "in units of lambda_0", *bases], lines)
 
 
-def summary(dataset):
+def summary(source):
     lines, shown = [], ("clean", "pgd20", "worst")
-    for script, name in SUMMARY:
-        rows = read(f"{script} {dataset}").get(name, [])
+    for script, wanted in SUMMARY:
+        groups = read(f"{script} {source}")
+        # A baseline of another length, and data from other files, have that in their name.
+        likewise = re.compile(rf"{re.escape(wanted)}(, \d+ epochs)?( \(unofficial files\))?")
+        name = next(filter(likewise.fullmatch, groups), wanted)
+        rows = groups.get(name, [])
         cells = [cell(rows, c) for c in shown] if rows else [MISSING, "", ""]
         lines.append([f"[`{script}.py`](docs/{script}.md)", name, len(rows) or "", *cells])
     return grid(["script", "", "seeds", *shown], lines)

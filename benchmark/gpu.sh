@@ -3,15 +3,16 @@
 #   bash benchmark/gpu.sh check    unpacks data, runs all four scripts on embedded data, then benchmark/speed.py
 #   bash benchmark/gpu.sh speed    benchmark/speed.py alone, if the time was not enough for all of it
 #   bash benchmark/gpu.sh rows     CIFAR-10, several rows at a time; called again it goes on where the last call stopped
+#   EPOCHS=6 bash benchmark/gpu.sh rows      short runs, for a GPU that is at hand for a quarter of an hour in all
 # Variables: OUT, what is to be kept (gpu_out); DATA, the data sets (/tmp/data); WORK, runs and checkpoints (/tmp/gpu_runs);
 # ARCHIVES, a folder with cifar-10-python.tar.gz and the like, and perhaps prepare.sh, which is sourced first: for what has
 # to be installed or unpacked in another way (carry); LIMIT, seconds of a call (570); FIRST and LAST, rows to run (all);
-# JOBS, rows at a time (3: one alone does not fill a large GPU); PEAK, TFLOP/s in bf16 (990: H100, H200); FLAGS, of every
+# JOBS, rows at a time (3: one alone does not fill a large GPU); EPOCHS, of the rows (30, the preset's); PEAK, TFLOP/s in bf16 (990: H100, H200); FLAGS, of every
 # run (--bf16 --compile); SMALL, of the runs that only check; SIZE, of the rows; SPEED, further flags of speed.py.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-gpu_out} DATA=${DATA:-/tmp/data} WORK=${WORK:-/tmp/gpu_runs} ARCHIVES=${ARCHIVES:-carry} LIMIT=${LIMIT:-570}
-FIRST=${FIRST:-1} LAST=${LAST:-99} JOBS=${JOBS:-3} PEAK=${PEAK:-990} FLAGS=${FLAGS-"--bf16 --compile"}
+FIRST=${FIRST:-1} LAST=${LAST:-99} JOBS=${JOBS:-3} EPOCHS=${EPOCHS:-30} PEAK=${PEAK:-990} FLAGS=${FLAGS-"--bf16 --compile"}
 SPEED=${SPEED-"--repeats 7 --layouts channels_last --no-compile --no-loader"}
 SMALL=${SMALL-"--train-size 512 --val-size 64 --test-size 16 --arch preactresnet8 --width 8 --epochs 1 --attack-steps 2"}
 SIZE=${SIZE-"--dataset cifar10 --test-size 1000"}
@@ -73,11 +74,14 @@ check | speed)
     ;;
 rows)
     # Each method and its nearest baseline, then the rest, with the fast preset. S of ABNN needs no second data set.
+    # Lengths are in the proportions of the presets: AFA's two stages cost as much as PGD-AT with 8/5 of their epochs.
+    plain="--epochs $EPOCHS" none="--lambda-adv 0 --lambda-nat 0"
+    vfd="vfd_adv $plain --teacher-epochs $EPOCHS" abnn="abnn $plain --clean-epochs $EPOCHS"
     rows=(
-        "afa" "afa --bn single --epochs 48" "aalp" "aalp --method alp" "aalp --method at" "vfd_adv"
-        "abnn --substitute self" "abnn --defense none" "abnn --defense at" "vfd_adv --lambda-adv 0 --lambda-nat 0"
-        "vfd_adv --base trades" "vfd_adv --base trades --lambda-adv 0 --lambda-nat 0"
-        "vfd_adv --base mart" "vfd_adv --base mart --lambda-adv 0 --lambda-nat 0"
+        "afa $plain --gate-epochs $((EPOCHS * 4 / 15 > 0 ? EPOCHS * 4 / 15 : 1))" "afa --bn single --epochs $((EPOCHS * 8 / 5))"
+        "aalp $plain" "aalp $plain --method alp" "aalp $plain --method at" "$vfd"
+        "$abnn --substitute self" "$abnn --defense none" "$abnn --defense at" "vfd_adv $plain $none"
+        "$vfd --base trades" "vfd_adv $plain --base trades $none" "$vfd --base mart" "vfd_adv $plain --base mart $none"
     )
     row() {  # a row has a folder of its own; the scripts continue after their last finished epoch
         local number=$1 script flags run

@@ -329,7 +329,7 @@ def evaluate(net, x, y, eps, norm, others=(), batch_size=500):
     """
     clean = survivors(net, x, y, eps=0, steps=0, batch_size=batch_size)
     attack = partial(survivors, net, x, y, clean, eps=eps, norm=norm, batch_size=batch_size)
-    alive = {"clean": clean, **{name: attack(**settings) for name, settings in data.shown(ATTACKS.items(), "attacks")}}
+    alive = {"clean": clean, **{name: attack(**settings) for name, settings in data.track(ATTACKS.items(), "attacks")}}
     if others:
         masks = [attack(steps=20, loss=loss, source=other) for other in others for loss in ("ce", "margin")]
         alive["transfer"] = torch.stack(masks).all(0)

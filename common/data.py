@@ -383,7 +383,7 @@ def tune(training, exact=False):
     torch._dynamo.config.recompile_limit = 64  # for modes and flags: beyond it goes eager, silently
 
 
-def shown(things, title):
+def track(things, title):
     """The things, one by one; on a terminal a bar shows how far they are."""
     return tqdm(things, title, leave=False, disable=distributed.rank() > 0 or None)
 

@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import distributed
-from common.data import shown, to_float
+from common.data import to_float, track
 
 
 def margin(logits, y):
@@ -278,7 +278,7 @@ def robustness_curve(model, x, y, eps, norm="linf", batch_size=500):
     At 8 eps next to nothing should be left: an attack that fails there fails everywhere.
     """
     clean, curve = survivors(model, x, y, eps=0, steps=0, batch_size=batch_size), {}
-    for f in shown((0, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 3 / 2, 2, 8), "robustness curve"):
+    for f in track((0, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 3 / 2, 2, 8), "robustness curve"):
         e = eps * f  # of 8/255: 0 1 2 4 6 8 12 16 64
         radius = min(e, 1.0) if norm == "linf" else e  # 1 covers all images
         alive = survivors(model, x, y, clean, eps=radius, steps=20, norm=norm, batch_size=batch_size) if e else clean

@@ -46,7 +46,7 @@ class Args:
     resume: str | None = None  # continue the run in this folder, with its own arguments
     eval_only: str | None = None  # evaluate the run in this folder, or one .pt file; writes eval.json beside it
     # --- Data
-    train_size: int | None = None  # training images, the first so many of a fixed permutation (None: all)
+    train_size: int | None = None  # training images, of a fixed permutation those after val_size (None: all)
     val_size: int = 1000  # validation images, held out of the training split
     test_size: int | None = None  # test images (None: all, of digits 500)
     data_on: Literal["auto", "device", "host"] = "auto"  # where training data are; auto: host if over 60 % of a GPU
@@ -413,7 +413,7 @@ if __name__ == "__main__":
                 net.train()
                 # Both halves in one batch: they share the BatchNorm statistics, as in the code of ALP's authors.
                 logits, features = net(torch.cat([x, x_adv]), return_features=True)
-                z, z_adv = masked, masked_adv = logits.float().chunk(2)
+                z, z_adv = masked, masked_adv = logits.float().chunk(2)  # one pair, until dropout makes another
                 w = sample_weights(z, z_adv, y, args)
                 if args.guided_dropout != "none":
                     label = y if args.dropout_label == "true" else z.argmax(1)
@@ -470,9 +470,9 @@ if __name__ == "__main__":
     data.tune(False, exact=True)
     print(f"testing on {len(y_test)} images at eps {255 * eps_test:g}/255, hundreds of steps each ...", flush=True)
     table = {}
-    for names, state in data.checkpoints(args.eval_only or run_dir, SCRIPT):
+    for names, state in data.checkpoints(args.eval_only or run_dir, SCRIPT):  # the best, then the last
         net.load_state_dict(state["net"])
-        if not table:
+        if not table:  # what the method is about: of the best alone
             method = measure(net, x_test, y_test, eps_test, args)
         row = evaluate(net, x_test, y_test, eps_test, args.norm)
         table |= dict.fromkeys(names, {"epoch": state["epoch"], **row})

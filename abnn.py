@@ -60,7 +60,7 @@ class Args:
     resume: str | None = None  # continue the run in this folder, with its own arguments
     eval_only: str | None = None  # evaluate the run in this folder, or one .pt file; writes eval.json beside it
     # --- Data
-    train_size: int | None = None  # training images or clips, the first so many of a fixed permutation (None: all)
+    train_size: int | None = None  # for training, of a fixed permutation those after val_size (None: all)
     val_size: int = 1000  # validation images or clips, held out of the training split
     test_size: int | None = None  # test images or clips (None: all)
     data_on: Literal["auto", "device", "host"] = "auto"  # where training data are; auto: host if over 60 % of a GPU
@@ -124,7 +124,7 @@ SIDES = {"tiny-imagenet": 64, "ucf101": 112}  # pixels a side; of the others 32
 # Side of ROA's square, width of AF's frame, number of SPA's pixels at --attack-strength 1: the authors' 30, 5 and 100
 # of 112 pixels, and in proportion for smaller images, except where an undefended network withstands them.  [D6]
 ATTACK_SIZES = {"digits": (14, 2, 64), "moving-digits": (9, 1, 32), "ucf101": (30, 5, 100),
-                "tiny-imagenet": (17, 3, 33), **dict.fromkeys(("cifar10", "cifar100", "svhn"), (9, 1, 16))}
+                "tiny-imagenet": (17, 3, 33)}  # of the others (9, 1, 16)
 PRETRAINED = {"imagenet": ("resnet18", "ResNet18_Weights.IMAGENET1K_V1"),
               "kinetics": ("r3d18", "R3D_18_Weights.KINETICS400_V1")}  # architecture, torchvision's weights
 
@@ -196,8 +196,8 @@ class PreActResNet(nn.Module):
 class GroupNet(nn.Module):
     """Five groups, pooling, a linear layer: (N, 3, [frames,] H, W) in [0, 1] to logits (N, classes).
 
-    r3d18 and resnet18 are torchvision's, perhaps with its `weights`, except the last layer; conv3d, five convolutions,
-    is small and fast, for the embedded video.
+    r3d18 and resnet18 are torchvision's, pretrained if `weights` are given, with a new last layer; conv3d, five
+    convolutions, is small and fast, for the embedded video.
     """
 
     def __init__(self, arch, width, classes, weights=None):
@@ -553,14 +553,14 @@ def evaluate(net, x, y, eps, norm, others=(), batch_size=500):
     return {name: mask.sum().item() / len(y) for name, mask in alive.items()}
 
 
-# Every attack is PGD; what differs is the mask and the bound. Without steps each is its own version without a gradient:
+# Every attack is PGD; what differs is the mask and the bound. With steps=0 each is its control without a gradient:
 # noise in the ball, a grey square, a frame of noise, black pixels.  [D6]
 PHYSICAL = ("pgd", "roa", "roa_search", "af", "af_universal", "spa")
 
 
 def sizes(args):
     """Side of the square, width of the frame, number of pixels: the strength multiplies areas, and widths.  [D6]"""
-    square, width, pixels = ATTACK_SIZES[args.dataset]
+    square, width, pixels = ATTACK_SIZES.get(args.dataset, (9, 1, 16))
     k = args.attack_strength
     return {"roa": min(round(square * k**0.5), SIDES.get(args.dataset, 32)), "af": k * width, "spa": k * pixels}
 
@@ -767,9 +767,9 @@ if __name__ == "__main__":
     data.tune(False, exact=True)
     print(f"testing on {len(y_test)} {d.kind} at eps {255 * eps_test:g}/255, hundreds of steps each ...", flush=True)
     table, others = {}, [partial(net, detach=True), net.twin] if args.defense == "abnn" else []
-    for names, state in data.checkpoints(args.eval_only or run_dir, SCRIPT):
+    for names, state in data.checkpoints(args.eval_only or run_dir, SCRIPT):  # the best, then the last
         net.load_state_dict(state["net"])
-        if not table:
+        if not table:  # what the method is about: of the best alone
             curves = measure(net, x_test, y_test, eps_test, args, part)
             known = data.to_float(x_val[: min(100, 2 * part)]), y_val[: min(100, 2 * part)]
             threats, warnings = evaluate_threats(net, x_test, y_test, known, args, part)

@@ -44,7 +44,7 @@ class Args:
     resume: str | None = None  # continue the run in this folder, with its own arguments
     eval_only: str | None = None  # evaluate the run in this folder, or one .pt file; writes eval.json beside it
     # --- Data
-    train_size: int | None = None  # training images, the first so many of a fixed permutation (None: all)
+    train_size: int | None = None  # training images, of a fixed permutation those after val_size (None: all)
     val_size: int = 1000  # validation images, held out of the training split
     test_size: int | None = None  # test images (None: all, of digits 500)
     data_on: Literal["auto", "device", "host"] = "auto"  # where training data are; auto: host if over 60 % of a GPU
@@ -456,7 +456,7 @@ if __name__ == "__main__":
                 sums[f"losses/{k}_ce"] += losses[k].detach() / steps
                 sums[f"train/{k}_acc"] += (z.argmax(1) == y).float().mean() / steps
             bar.update()
-        scalars = data.means(sums, epoch, args.lr)
+        scalars = data.means(sums, epoch, *((args.lr, "--lr") if stage == 1 else (args.gate_lr, "--gate-lr")))
         distributed.average_statistics(net)
         seconds = time.time() - started
         data.tune(False)
@@ -497,9 +497,9 @@ if __name__ == "__main__":
     data.tune(False, exact=True)
     print(f"testing on {len(y_test)} images at eps {255 * eps_test:g}/255, hundreds of steps each ...", flush=True)
     table, others = {}, frozen_weights(net, args) if learned else ()
-    for names, state in data.checkpoints(args.eval_only or run_dir, SCRIPT):
+    for names, state in data.checkpoints(args.eval_only or run_dir, SCRIPT):  # the best, then the last
         net.load_state_dict(state["net"])
-        if not table:
+        if not table:  # what the method is about: of the best alone
             method = measure(net, x_test, y_test, eps_test, args)
         row = evaluate(net, x_test, y_test, eps_test, args.norm, others)
         table |= dict.fromkeys(names, {"epoch": state["epoch"], **row})
@@ -509,7 +509,7 @@ if __name__ == "__main__":
             lines.append((f"{255 * e:.4g}/255", sum(weights) / len(weights)))
             points += [(f"afa/weight/layer{layer}", w, 255 * e) for layer, w in enumerate(weights)]
         for name, statistic in method["statistics"].items():
-            for what, *shifts in zip(("mean", "log_sd"), *statistic["shift"]):  # shifts: [layer][strength]
-                points.append((f"afa/shift_{what}/{name}", sum(s[i] for s in shifts) / len(shifts), 255 * e))
+            points += [(f"afa/shift_{what}/{name}", sum(s[k][i] for s in statistic["shift"]) / net.layers, 255 * e)
+                       for k, what in enumerate(("mean", "log_sd"))]  # shift: [layer][mean, log_sd][strength]
     data.publish(args, run_dir, writer, d, info, eps_test, state, table, method, lines, points)
     distributed.finish()

@@ -45,7 +45,7 @@ class Args:
     resume: str | None = None  # continue the run in this folder, with its own arguments
     eval_only: str | None = None  # evaluate the run in this folder, or one .pt file; writes eval.json beside it
     # --- Data
-    train_size: int | None = None  # training images, the first so many of a fixed permutation (None: all)
+    train_size: int | None = None  # training images, of a fixed permutation those after val_size (None: all)
     val_size: int = 1000  # validation images, held out of the training split
     test_size: int | None = None  # test images (None: all, of digits 500)
     data_on: Literal["auto", "device", "host"] = "auto"  # where training data are; auto: host if over 60 % of a GPU
@@ -470,8 +470,8 @@ if __name__ == "__main__":
                             loss="kl" if args.base == "trades" else "ce", generator=generator)
                 net.train()
                 # Two passes, the clean one first, as in the code of the authors of TRADES and MART. There both move
-                # the running statistics. AT has no clean pass of its own: an added one must not move them, or they
-                # alone cost robustness, and the loss on that pass gets the blame.  [D5]
+                # the running statistics. AT has no clean pass of its own: an added one must not move them, or the
+                # statistics that it moves cost robustness, and its loss gets the blame.  [D5]
                 z = phi = None
                 if clean_pass:
                     track_statistics(net, args.base != "at" or args.clean_pass == "update")
@@ -529,9 +529,9 @@ if __name__ == "__main__":
     data.tune(False, exact=True)
     print(f"testing on {len(y_test)} images at eps {255 * eps_test:g}/255, hundreds of steps each ...", flush=True)
     table, others = {}, [] if teacher is None else [teacher]
-    for names, state in data.checkpoints(args.eval_only or run_dir, SCRIPT):
+    for names, state in data.checkpoints(args.eval_only or run_dir, SCRIPT):  # the best, then the last
         net.load_state_dict(state["net"])
-        if not table:
+        if not table:  # what the method is about: of the best alone
             projection.load_state_dict(state["projection"])
             method = measure(net, projection, teacher, x_test, y_test, eps_test, args)
         row = evaluate(net, x_test, y_test, eps_test, args.norm, others)

@@ -36,7 +36,7 @@ limited() {
     shift 2
     timeout -s INT -k 20 "$limit" "$@" >"$WORK/$name.log" 2>&1
     status=$?
-    echo "$name: status $status after $((SECONDS - started)) s: $(tail -n 1 "$WORK/$name.log" | cut -c 1-200)"
+    echo "$name: status $status after $((SECONDS - started)) s: $(tail -n 2 "$WORK/$name.log" | cut -c 1-200 | paste -sd " ")"
     return $status
 }
 
@@ -86,7 +86,7 @@ rows)
     row() {  # a row has a folder of its own; the scripts continue after their last finished epoch
         local number=$1 script flags run
         read -r script flags <<<"${rows[number - 1]}"
-        local folder=$WORK/row$number name=row${number}_$script
+        local folder=$WORK/row${number}_$EPOCHS name=row${number}_$script
         ls "$folder"/*/results.json >/dev/null 2>&1 && { echo "$name: there already"; return; }
         [ "$(left)" -lt 60 ] && { echo "$name: no time left"; return; }
         run=$(ls -d "$folder"/*__"$script"__*/last.pt 2>/dev/null | tail -n 1)
@@ -102,7 +102,7 @@ rows)
     done
     wait
     pack rows
-    echo "$(ls "$WORK"/row*/*/results.json 2>/dev/null | wc -l) of ${#rows[@]} rows are done, after $SECONDS s"
+    echo "$(ls "$WORK"/row*_"$EPOCHS"/*/results.json 2>/dev/null | wc -l) of ${#rows[@]} rows are done, after $SECONDS s"
     ;;
 *)
     echo "error: gpu.sh check, gpu.sh speed or gpu.sh rows, not $1" >&2

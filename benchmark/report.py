@@ -56,17 +56,18 @@ SUMMARY = (("afa", "AFA"), ("afa", "PGD-AT"), ("aalp", "AALP, both modules"), ("
            ("aalp", "no pairing"), ("vfd_adv", "AT + VFD"), ("vfd_adv", "AT"), ("vfd_adv", "TRADES + VFD"),
            ("vfd_adv", "TRADES"), ("vfd_adv", "MART + VFD"), ("vfd_adv", "MART"), ("abnn", "ABNN"), ("abnn", "PGD-AT"),
            ("abnn", "undefended"))  # fmt: skip
-# Flags that all runs of the reduced or the GPU lists have: not part of a name. Other values of them are.
-COMMON = {"--arch preactresnet8", "--attack-steps 3", "--train-size 7000", "--val-size 500", "--test-size 500",
+# Flags that all runs of the GPU lists, or of the reduced ones, have: not part of a name. Other values of them are.
+COMMON = {"--bf16", "--compile", "--test-size 1000"}
+REDUCED = {"--arch preactresnet8", "--attack-steps 3", "--train-size 7000", "--val-size 500", "--test-size 500",
           "--test-size 200", "--epochs 12", "--epochs 15", "--epochs 18", "--epochs 24",
           *(f"--eps-warmup-epochs {n}.0" for n in (3, 6, 8, 9, 12)), "--gate-epochs 2", "--teacher-epochs 10",
           *(f"--milestones {both}" for both in ("8 11", "12 16", "16 22")),
-          "--substitute svhn", "--substitute cifar10", "--bf16", "--compile"}  # fmt: skip
+          "--substitute svhn", "--substitute cifar10"}  # fmt: skip
 COLUMNS = [*"worst clean fgsm pgd20 pgd50_margin targeted transfer".split(), "last worst", "last clean"]
 ATTACKERS = ("worst", "A ce", "A margin", "B ce", "B margin", "C ce", "C margin", "C strong", "no gradient")
 ATTACKS = ("clean", "pgd", "roa", "roa_search", "af", "af_universal", "spa", "all")
 NOT_FRACTIONS = ("n50", "n90", "cka", "distance", "usefulness", "sample_weight", "weight@")
-LAMBDA_0 = 6.4  # D/K of the embedded data: 64 features, ten classes
+LAMBDA_0 = 6.4  # D/C of the embedded data: 64 features, ten classes
 
 
 def flags_of(setting):
@@ -74,7 +75,8 @@ def flags_of(setting):
 
 
 def name_of(script, setting):
-    flags = [flag for flag in flags_of(setting) if flag not in COMMON]
+    common = COMMON | (REDUCED if "--train-size" in setting else set())
+    flags = [flag for flag in flags_of(setting) if flag not in common]
     return NAMES.get(script, {}).get(" ".join(flags) or "default", " ".join(flags) or "default")
 
 
@@ -190,6 +192,8 @@ def sweep(source):
     found = {}
     for rows in read(source).values():
         weight, base = (re.search(rf"--{flag} (\S+)", rows[0]["setting"]) for flag in ("lambda-adv", "base"))
+        if not weight:
+            continue
         found[float(weight[1]), base[1].upper() if base else "AT"] = cell(rows, "val_robust")
     bases = list(dict.fromkeys(base for _, base in found if base == "AT")) + sorted(
         {base for _, base in found} - {"AT"}, reverse=True)
@@ -204,7 +208,7 @@ def summary(source):
         groups = read(f"{script} {source}")
         # A baseline of another length, and data from other files, have that in their name.
         likewise = re.compile(rf"{re.escape(wanted)}(, \d+ epochs)?( \(unofficial files\))?")
-        name = next(filter(likewise.fullmatch, groups), wanted)
+        name = [wanted, *filter(likewise.fullmatch, groups)][-1]  # the longest
         rows = groups.get(name, [])
         cells = [cell(rows, c) for c in shown] if rows else [MISSING, "", ""]
         lines.append([f"[`{script}.py`](docs/{script}.md)", name, len(rows) or "", *cells])

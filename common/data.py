@@ -297,8 +297,6 @@ def named_run(args):
     folder = path if path.is_dir() else path.parent
     if run and folder.is_dir() and not os.access(folder, os.W_OK):
         raise UserError(f"{folder} cannot be written to: copy it to where that is possible, and name the copy")
-    if args.resume and (folder / "results.json").exists():
-        print(f"note: {run} is finished: what is left is to test it once more", flush=True)
     on_interrupt(folder if args.resume else None)
     return run, folder if run else None
 
@@ -321,6 +319,8 @@ def check_same(args, own, state, free_in_test=()):
     if not args.eval_only and processes != distributed.world():
         raise UserError(f"{run} was trained by {processes} process{'es'[: 2 * (processes > 1)]}, not "
                         f"{distributed.world()}: resume it with {distributed.launcher(processes)}")  # fmt: skip
+    if args.resume and Path(run, "results.json").exists():
+        print(f"note: {run} is finished: what is left is to test it once more", flush=True)
 
 
 def on_interrupt(run_dir):
@@ -444,7 +444,8 @@ def load(name, data_dir="data", device="cpu", train_size=None, val_size=1000, te
          **options):  # fmt: skip
     """The data set `name`, with a validation split of `val_size` images held out of train.
 
-    A size takes that many from the start of a permutation that is the same for every run; None takes all. Files are
+    A size takes that many from the start of a permutation that is the same for every run, training images those after
+    the validation images; None takes all. Files are
     read in their standard layout from `data_dir` and downloaded to it, with their checksum verified, when they are not
     there. Training images stay in host memory with `data_on="host"`, and with "auto" where they would take more than
     60 % of the free memory of a GPU. `options` are those of the data set's reader. Raises UserError with one line that

@@ -101,7 +101,8 @@ def _start(x, eps, norm, mask, generator):
     if mask is not None:
         noise = noise * mask  # before the norm is taken, or the start shrinks with the mask
     # Volume grows as r^d, so the radius of a uniform point is U^(1/d): in d = 3072 nearly always close to eps.
-    radius = torch.rand(len(x), device=x.device, generator=generator) ** (1 / x.shape[1:].numel())
+    d = x.shape[1:].numel() if mask is None else mask.expand_as(x).flatten(1).sum(1)
+    radius = torch.rand(len(x), device=x.device, generator=generator) ** (1 / d)
     return noise / _l2(noise) * _per_sample(radius, x) * eps
 
 
@@ -164,7 +165,7 @@ def pgd(model, x, y, *, eps, step_size, steps, norm="linf", loss="ce", random_st
             delta.mul_((eps / _l2(delta)).clamp(max=1.0))
         return delta.add_(x).clamp_(0.0, 1.0)
 
-    track = keep_best or restarts > 1
+    keeping = keep_best or restarts > 1
     best, best_score = x, torch.full((len(x),), -torch.inf, device=x.device)
     best_fooled = torch.zeros_like(label, dtype=torch.bool)
 
@@ -206,14 +207,14 @@ def pgd(model, x, y, *, eps, step_size, steps, norm="linf", loss="ce", random_st
                         grad = grad * mask  # before the norm is taken: the step has its full length inside the mask
                     direction = grad.sign() if norm == "linf" else grad / _l2(grad)
                     x_adv = project(direction.mul_(step_size).add_(x_adv.detach()))
-            if track:
+            if keeping:
                 with torch.no_grad():
                     logits = model(x_adv)
                     keep_worse(x_adv, logits, sign * loss_fn(logits.float(), y))
     finally:
         for p in trainable:
             p.requires_grad_(True)
-    return best if track else x_adv.detach()
+    return best if keeping else x_adv.detach()
 
 
 @torch.no_grad()
@@ -400,7 +401,8 @@ def masked_attack(name, model, x, y, size, *, steps=30, loss="ce", frame=None, g
     | `af_universal` | the border, from `frame` (1, C, ...), which `universal` learns | width  |        |
     | `spa`          | random pixels, "salt and pepper"                               | number | black  |
 
-    Without steps each is its own version without a gradient: a grey square, a border of noise, black pixels.
+    With `steps=0` nothing is optimised: a grey square (`roa_search` still looks at the gradient for its place), a
+    border of noise, black pixels.
     """
     attack = partial(pgd, model, y=y, eps=1.0, step_size=0.05, steps=steps, loss=loss, generator=generator,
                      keep_best=keep_best)  # fmt: skip

@@ -209,14 +209,18 @@ def test_eps_zero_is_the_identity(net, xy, norm):
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_random_start_is_uniform_in_the_ball(net, norm):
-    x = torch.full((4000, 1, 1, 2), 0.5)
-    delta = (
-        pgd(net, x, torch.zeros(4000).long(), eps=0.4, step_size=0, steps=0, norm=norm, generator=gen()) - x
-    )
-    inner = (norms(delta, norm) < 0.2).float().mean()
-    assert norms(delta, norm).max() > 0.39
-    assert abs(inner - 0.25) < 0.03  # half the radius holds a quarter of a disc's area, and of a square's
-    assert delta.mean(0).abs().max() < 0.02
+    two_of_six = torch.tensor([True, True, False, False, False, False])
+    for pixels, mask in ((2, None), (6, two_of_six)):
+        x = torch.full((4000, 1, 1, pixels), 0.5)
+        delta = (
+            pgd(net, x, torch.zeros(4000).long(), eps=0.4, step_size=0, steps=0, norm=norm, mask=mask, generator=gen())
+            - x
+        )
+        inner = (norms(delta, norm) < 0.2).float().mean()
+        assert norms(delta, norm).max() > 0.39
+        assert abs(inner - 0.25) < 0.03  # half the radius holds a quarter of a disc's area, and of a square's
+        assert delta.mean(0).abs().max() < 0.02
+        assert not delta[..., 2:].any()
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -180,6 +180,9 @@ def test_resuming_by_the_checkpoint_s_name_gives_whole_results(tiny, runs, capsy
     before = json.loads((tiny / "results.json").read_text())
     assert in_process(f"--resume {tiny / 'last.pt'}", capsys, runs) == (0, "")
     assert json.loads((tiny / "results.json").read_text())["checkpoints"] == before["checkpoints"]
+    _, own, state = afa.load(tiny, name="last.pt")
+    data.check_same(replace(own, resume=str(tiny)), own, state)
+    assert capsys.readouterr().out == f"note: {tiny} is finished: what is left is to test it once more\n"
 
 
 def test_without_git_the_commit_is_unknown(monkeypatch):
@@ -440,6 +443,13 @@ def test_checkpoints_that_do_not_fit_are_refused(tiny, capsys, tmp_path):
     for path in (truncated, tmp_path / "text.pt"):
         status, error = in_process(f"--eval-only {path}", capsys, tmp_path)
         assert status == 2 and str(path) in error and "\n" not in error, error
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_rate(runs, capsys):
+    for arguments, flag in (("--lr 1e30", "--lr"), ("--finetune all --gate-lr 1e30", "--gate-lr")):
+        status, error = in_process(f"{TINY.replace('--epochs 2', '--epochs 1')} {arguments}", capsys, runs)
+        assert status == 2 and "\n" not in error
+        assert error.startswith("error: the loss is not finite in epoch ") and f"try a lower {flag} than 1e+30" in error
 
 
 def test_resuming_with_other_arguments_is_refused(tiny, capsys, runs):

@@ -3,10 +3,10 @@ and one for adversarial features, and a small gate predicts for each image how t
 
 Kai Zhao et al., "Adaptive Feature Alignment for Adversarial Training", https://arxiv.org/abs/2105.15157
 
-    python afa.py                                       # embedded data, some ten minutes on two CPU cores
+    python afa.py                                       # embedded data, 10 to 15 minutes on two CPU cores
     python afa.py --dataset cifar10 --bf16 --compile    # PreActResNet-18, 30 epochs, on a GPU
 
-Embedded data, 8/255, 3 seeds: 90.1 % clean, 70.7 % under PGD-20, 57.1 % in the worst case (PGD-AT: 87.8, 84.7, 84.3).
+Embedded data, 8/255, 3 seeds: 90.1 % clean, 70.5 % under PGD-20, 57.1 % in the worst case (PGD-AT: 87.8, 84.7, 84.3).
 """
 
 import math

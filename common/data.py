@@ -446,9 +446,9 @@ def load(name, data_dir="data", device="cpu", train_size=None, val_size=1000, te
 
     A size takes that many from the start of a permutation that is the same for every run, training images those after
     the validation images; None takes all. Files are read in their standard layout from `data_dir` and downloaded to
-    it, with their checksum verified, when they are not there. Training images stay in host memory with `data_on="host"`, and with "auto" where they would take more than
-    60 % of the free memory of a GPU. `options` are those of the data set's reader. Raises UserError with one line that
-    says what to do.
+    it, with their checksum verified, when they are not there. Training images stay in host memory with
+    `data_on="host"`, and with "auto" where they would take more than 60 % of the free memory of a GPU. `options` are
+    those of the data set's reader. Raises UserError with one line that says what to do.
     """
     device = torch.device(device)
     if name not in READERS:

@@ -157,7 +157,7 @@ class PreActResNet(nn.Module):
 # eps_max        args.eps                           the largest attack strength that is trained for
 # BN_c, BN_a     DualBN.clean, DualBN.adv           clean (strength 0) and adversarial (eps_max) end of a layer
 # w_n            w                                  fusing weight of image n, in [0, 1]: 0 is BN_c, 1 is BN_a
-# f_c, f_a, f_w  net(x, 0.0), net(x, 1.0), net(x)   the network along one end, and with the predicted weights
+# f_c, f_a, f_w  net(x, 0.0), net(x, 1.0), net(x)   the network along one end, and (by default) with predicted weights
 # D1, D2, ...    docs/afa.md                        our decisions where the abstract leaves the choice open
 
 
@@ -248,7 +248,8 @@ class AFANet(PreActResNet):
         return self.gate(torch.cat([s.flatten(1) for s, _ in record], 1))
 
     def forward(self, x, w=None, record=None):
-        """Logits (N, classes). w: None for the predicted weights, a float for all, or a tensor (N, layers)."""
+        """Logits (N, classes). w: a float for all, or a tensor (N, layers), or (1, layers) for all images. None: the
+        predicted weights, with `--fusion` that one, and 1 with a single BatchNorm."""
         w = self.default_w if w is None else w
         if w is None and self.probe:
             w = self.predict_weights(x)
@@ -313,13 +314,30 @@ def frozen_weights(net, args):
 
 
 @torch.no_grad()
-def measure(net, x, y, eps, args):
-    """What the paper claims, against the strength of the attack: accuracy, weights, feature statistics.  [D6]"""
+def constant_weights(net, x, y, eps, args):
+    """The control: the mean of the predicted weights over images and their PGD-10 examples, (1, layers).  [D8]"""
+    weights = []
+    for images in (x, pgd10(net, x, y, eps, args.norm)):
+        net(images, record=(record := []))
+        weights.append(torch.stack([w for _, w in record], 1))
+    return torch.cat(weights).mean(0, keepdim=True)
+
+
+@torch.no_grad()
+def measure(net, x, y, eps, args, constant=None):
+    """What the paper claims, against the strength of the attack: accuracy, weights, feature statistics.  [D6]
+
+    `constant` (1, layers) are weights that are the same for every image, to compare predicted ones with.  [D8]
+    """
     models = {"model": net} | {f"w={m.keywords['w']:g}": m for m in frozen_weights(net, args)}
     curves = {name: robustness_curve(model, x, y, eps, args.norm) for name, model in models.items()}
-    if args.bn == "dual":  # the oracle is told eps and takes the best fixed weight: the bar for a learned one
+    if args.bn == "dual":  # the oracle is told eps and takes the best of the three: the bar for a learned weight
         curves["oracle"] = {k: max(curves[name][k] for name in curves if name != "model") for k in curves["model"]}
     result = {"curves": curves, "strengths": [eps * i / 8 for i in range(9)], "statistics": {}}
+    if constant is not None:
+        control = partial(net, w=constant)
+        curves["constant"] = robustness_curve(control, x, y, eps, args.norm)
+        result["constant"] = evaluate(control, x, y, eps, args.norm)
     x, y = x[:256], y[:256]
     for name, model in models.items():
         records = []
@@ -500,10 +518,13 @@ if __name__ == "__main__":
     for names, state in data.checkpoints(args.eval_only or run_dir, SCRIPT):  # the best, then the last
         net.load_state_dict(state["net"])
         if not table:  # what the method is about: of the best alone
-            method = measure(net, x_test, y_test, eps_test, args)
+            constant = constant_weights(net, x_val[:256], y_val[:256], eps_test, args) if learned else None
+            method = measure(net, x_test, y_test, eps_test, args, constant)
         row = evaluate(net, x_test, y_test, eps_test, args.norm, others)
         table |= dict.fromkeys(names, {"epoch": state["epoch"], **row})
-    lines, points = [("mean w at eps",)] * learned, []
+    lines, points = [], []
+    if learned:
+        lines = [("control", *method["constant"]), ("constant w", *method["constant"].values()), (), ("mean w at eps",)]
     for i, (e, weights) in enumerate(zip(method["strengths"], method["weight_mean"])):
         if learned:
             lines.append((f"{255 * e:.4g}/255", sum(weights) / len(weights)))

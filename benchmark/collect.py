@@ -59,10 +59,12 @@ def measured(method):
                for attack, v in attacks.items()}
     columns |= {f"{name} pgd20@{k}": v for name, curve in method.get("curves", {}).items() if name != "model"
                 for k, v in curve.items()}
+    columns |= {f"constant {k}": v for k, v in method.get("constant", {}).items()}  # the control of afa.py
     columns |= {f"{name} monotone {k}": v for name, statistics in method.get("statistics", {}).items()
                 for k, v in statistics["monotone_share"].items()}
     if any(map(any, method.get("weight_sd", ()))):  # predicted: not that of a single BatchNorm
         columns |= {f"weight@{255 * e:g}": mean(w) for e, w in zip(method["strengths"], method["weight_mean"])}
+        columns |= {f"weight_sd@{255 * e:g}": mean(w) for e, w in zip(method["strengths"], method["weight_sd"])}
     columns |= {f"{net} usefulness {k}": mean(v) for net, row in method.get("usefulness", {}).items()
                 for k, v in row.items()}
     columns |= {f"{k} over epochs": mean(v) for k, v in method.get("history", {}).items()

@@ -47,9 +47,10 @@ COLORS, MARKERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F
 plt.rcParams.update({"backend": "Agg", "figure.dpi": 115, "figure.constrained_layout.use": True, "font.size": 11,
                      "axes.titlesize": 12, "figure.titlesize": 14, "legend.fontsize": 10, "legend.frameon": False,
                      "axes.grid": True, "grid.color": "0.88", "axes.spines.top": False, "axes.spines.right": False})
+# Curves of afa.py and of abnn.py beside the model's own, which comes first.
 FIXED = {"w=0": "fixed w = 0 (BN_c)", "w=0.5": "fixed w = 0.5", "w=1": "fixed w = 1 (BN_a)",
-         "oracle": "oracle: best fixed w",  # the curves of afa.py beside the model's own, which comes first
-         "A": "no gradient through S (A)", "twin": "T's plain twin"}  # and those of abnn.py
+         "oracle": "oracle: best of the three", "constant": "control: constant w",
+         "A": "no gradient through S (A)", "twin": "T's plain twin"}
 
 
 @dataclass
@@ -163,9 +164,8 @@ def robustness_curve(runs):
             if len(runs) == 1:  # the oracle lies on one of the others: thin and dashed, it does not hide it
                 look = dict(linestyle="--") if name == "oracle" else dict(linewidth=2.4, marker=MARKERS[i])
                 line(others[name], FIXED[name], color=COLORS[i], **look)
-            elif name in ("w=0", "w=1", "A"):  # thin: the ends of one run, not rivals of the others
-                look = dict(color=run.color, linewidth=1.2, linestyle=":" if name == "w=1" else "--")
-                line(others[name], f"{run.label}, {FIXED[name]}", **look)
+            elif name in (thin := {"w=0": "--", "w=1": ":", "constant": "-.", "A": "--"}):  # no rivals of other runs
+                line(others[name], f"{run.label}, {FIXED[name]}", color=run.color, linewidth=1.2, linestyle=thin[name])
     notes += [f"at eps {k}/255, not drawn: {', '.join(values)}" for k, values in far.items()]
     for eps in (trained := sorted({round(run.eps, 4) for run in runs
                                    if run.args["eps"] and run.args.get("defense", "at") == "at"})):

@@ -61,12 +61,13 @@ COMMON = {"--bf16", "--compile", "--test-size 1000"}
 REDUCED = {"--arch preactresnet8", "--attack-steps 3", "--train-size 7000", "--val-size 500", "--test-size 500",
           "--test-size 200", "--epochs 12", "--epochs 15", "--epochs 18", "--epochs 24",
           *(f"--eps-warmup-epochs {n}.0" for n in (3, 6, 8, 9, 12)), "--gate-epochs 2", "--teacher-epochs 10",
-          *(f"--milestones {both}" for both in ("8 11", "12 16", "16 22")),
+          *(f"--milestones {both}" for both in ("8 11", "10 13", "12 16", "16 22")),
           "--substitute svhn", "--substitute cifar10"}  # fmt: skip
 COLUMNS = [*"worst clean fgsm pgd20 pgd50_margin targeted transfer".split(), "last worst", "last clean"]
 ATTACKERS = ("worst", "A ce", "A margin", "B ce", "B margin", "C ce", "C margin", "C strong", "no gradient")
 ATTACKS = ("clean", "pgd", "roa", "roa_search", "af", "af_universal", "spa", "all")
-NOT_FRACTIONS = ("n50", "n90", "cka", "distance", "usefulness", "sample_weight", "weight@")
+NOT_FRACTIONS = ("n50", "n90", "cka", "distance", "usefulness", "sample_weight", "weight@",
+                 "weight_sd@")
 LAMBDA_0 = 6.4  # D/C of the embedded data: 64 features, ten classes
 
 

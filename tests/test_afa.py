@@ -219,6 +219,26 @@ def test_measure_reports_a_perfect_and_an_absent_trend(monkeypatch):
         assert all(result["curves"]["oracle"][k] >= v for k, v in result["curves"][name].items())
 
 
+def test_the_control_has_the_mean_of_the_predicted_weights(monkeypatch):
+    monkeypatch.setattr(pgd_module, *few("survivors", 2))
+    monkeypatch.setattr(afa, *few("survivors", 2))
+    net = make()
+    torch.nn.init.normal_(net.gate.fc2.weight)  # weights that differ from image to image
+    x, y = torch.rand(8, 3, 32, 32), torch.randint(0, 10, (8,))
+    constant = afa.constant_weights(net, x, y, 8 / 255, ARGS)
+    x_adv = afa.pgd10(net, x, y, 8 / 255)
+    with torch.no_grad():
+        weights = torch.cat([net.predict_weights(x), net.predict_weights(x_adv)])
+        assert weights.std(0).max() > 0.01 and torch.allclose(constant, weights.mean(0, keepdim=True), atol=1e-6)
+        assert torch.allclose(net(x, constant), net(x, constant.expand(8, -1)), atol=1e-6)
+        right = (net(x, constant).argmax(1) == y).float().mean().item()
+    result = afa.measure(net, x, y, 8 / 255, ARGS, constant)
+    assert result["constant"]["clean"] == result["curves"]["constant"]["0"] == pytest.approx(right)
+    assert {"worst", *afa.ATTACKS} < set(result["constant"]) and "constant" not in result["statistics"]
+    without = {k: v for k, v in result["curves"].items() if k not in ("model", "oracle", "constant")}
+    assert result["curves"]["oracle"] == {k: max(v[k] for v in without.values()) for k in without["w=0"]}
+
+
 @pytest.mark.parametrize("arch, parameters", [("preactresnet18", 11_172_170), ("wrn-34-10", 46_160_474)])
 def test_networks_are_those_of_the_literature(arch, parameters):
     """By their number of parameters, as public code that trains the same networks has it."""

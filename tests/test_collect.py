@@ -113,7 +113,7 @@ def test_slips_are_one_line(tmp_path):
 
 def test_what_the_claims_rest_on_becomes_columns():
     method = {"threats": {"worst": {"clean": 0.9, "all": 0.1}, "A ce": {"roa": 0.5}},
-              "curves": {"model": {"8": 0.4}, "w=0": {"8": 0.3}},
+              "curves": {"model": {"8": 0.4}, "w=0": {"8": 0.3}}, "constant": {"worst": 0.2},
               "statistics": {"w=0": {"monotone_share": {"mean": 0.7}}},
               "strengths": [0.0, 8 / 255], "weight_mean": [[0.2, 0.4], [0.6, 0.8]],
               "weight_sd": [[0.0, 0.0], [0.0, 0.1]],
@@ -121,7 +121,8 @@ def test_what_the_claims_rest_on_becomes_columns():
               "test": {"n50_map_adv": 7.0}, "history": {"conflicting_logits": [0.0, 1.0], "val_clean": [0.1]}}
     assert measured(method) == {
         "worst clean": 0.9, "worst all": 0.1, "A ce roa": 0.5, "w=0 pgd20@8": 0.3, "w=0 monotone mean": 0.7,
-        "weight@0": pytest.approx(0.3), "weight@8": pytest.approx(0.7), "student usefulness clean": pytest.approx(0.3),
+        "constant worst": 0.2, "weight@0": pytest.approx(0.3), "weight@8": pytest.approx(0.7), "weight_sd@0": 0.0,
+        "weight_sd@8": pytest.approx(0.05), "student usefulness clean": pytest.approx(0.3),
         "conflicting_logits over epochs": 0.5, "n50_map_adv": 7.0, "cka_adv": 0.6}
 
 

@@ -465,6 +465,8 @@ def clean_network(args, d, device):
     torch.manual_seed(args.seed)
     net = pretrained(start, len(d.classes)) if start else build(args, len(d.classes))
     net = net.to(device, memory_format=torch.channels_last)
+    if args.compile:
+        net.compile(dynamic=False)
     optimizer = optimizer_of(net, args)
     for epoch in range(args.epochs):
         means = train_epoch(net, optimizer, d, args, epoch)

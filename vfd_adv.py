@@ -236,6 +236,8 @@ def vanilla_teacher(args, d):
     seed = 500_000 + args.seed  # with the student's seed, it would start from the student's weights
     torch.manual_seed(seed)
     teacher = PreActResNet(arch, width, len(d.classes)).to(d.train.y.device, memory_format=torch.channels_last)
+    if args.compile:
+        teacher.compile(dynamic=False)
     optimizer = torch.optim.SGD(teacher.parameters(), args.teacher_lr, momentum=0.9, nesterov=True, fused=True,
                                 weight_decay=args.weight_decay)
     steps = data.steps_per_epoch(len(d.train.y), args.batch_size)

@@ -3,7 +3,8 @@
 #   bash benchmark/gpu.sh check    unpacks data, runs all four scripts on embedded data, then benchmark/speed.py
 #   bash benchmark/gpu.sh speed    benchmark/speed.py alone, if the time was not enough for all of it
 #   bash benchmark/gpu.sh rows     CIFAR-10, several rows at a time; called again it goes on where the last call stopped
-#   EPOCHS=6 bash benchmark/gpu.sh rows      short runs, for a GPU that is at hand for a quarter of an hour in all
+#   EPOCHS=6 bash benchmark/gpu.sh rows      short runs, for a GPU that is at hand for a quarter of an hour in all; the test, in
+#                                            full float32, takes longer than they do: of 300 images, not 1000
 # Variables: OUT, what is to be kept (gpu_out); DATA, the data sets (/tmp/data); WORK, runs and checkpoints (/tmp/gpu_runs);
 # ARCHIVES, a folder with cifar-10-python.tar.gz and the like, and perhaps prepare.sh, which is sourced first: for what has
 # to be installed or unpacked in another way (carry); LIMIT, seconds of a call (570); FIRST and LAST, rows to run (all);
@@ -15,7 +16,7 @@ OUT=${OUT:-gpu_out} DATA=${DATA:-/tmp/data} WORK=${WORK:-/tmp/gpu_runs} ARCHIVES
 FIRST=${FIRST:-1} LAST=${LAST:-99} JOBS=${JOBS:-3} EPOCHS=${EPOCHS:-30} PEAK=${PEAK:-990} FLAGS=${FLAGS-"--bf16 --compile"}
 SPEED=${SPEED-"--repeats 7 --layouts channels_last --no-compile --no-loader"}
 SMALL=${SMALL-"--train-size 512 --val-size 64 --test-size 16 --arch preactresnet8 --width 8 --epochs 1 --attack-steps 2"}
-SIZE=${SIZE-"--dataset cifar10 --test-size 1000"}
+SIZE=${SIZE-"--dataset cifar10 --test-size $((EPOCHS < 30 ? 300 : 1000))"}
 PYTHON=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-3}
 mkdir -p "$OUT" "$DATA" "$WORK"

@@ -57,7 +57,7 @@ SUMMARY = (("afa", "AFA"), ("afa", "PGD-AT"), ("aalp", "AALP, both modules"), ("
            ("vfd_adv", "TRADES"), ("vfd_adv", "MART + VFD"), ("vfd_adv", "MART"), ("abnn", "ABNN"), ("abnn", "PGD-AT"),
            ("abnn", "undefended"))  # fmt: skip
 # Flags that all runs of the GPU lists, or of the reduced ones, have: not part of a name. Other values of them are.
-COMMON = {"--bf16", "--compile", "--test-size 1000"}
+COMMON = {"--bf16", "--compile", "--test-size 300", "--test-size 1000"}
 REDUCED = {"--arch preactresnet8", "--attack-steps 3", "--train-size 7000", "--val-size 500", "--test-size 500",
           "--test-size 200", "--epochs 12", "--epochs 15", "--epochs 18", "--epochs 24",
           *(f"--eps-warmup-epochs {n}.0" for n in (3, 6, 8, 9, 12)), "--gate-epochs 2", "--teacher-epochs 10",

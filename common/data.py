@@ -364,8 +364,10 @@ def device(name):
     try:
         if distributed.world() > 1 and name == "cuda":
             name = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(name)
-        return torch.zeros(1, device=name).device
+        found = torch.zeros(1, device=name).device
+        if found.type == "cuda":  # the current one too, or torch.compile would take memory on the first
+            torch.cuda.set_device(found)
+        return found
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
 
@@ -614,7 +616,8 @@ def clip_batches(split, batch_size, *, seed, epoch, frames, flip=False, size=Non
             grid = torch.stack(torch.broadcast_tensors(at_x[:, None, :], at_y[:, :, None]), -1)
             planes = x.permute(0, 1, 4, 2, 3).flatten(1, 2).float().div_(255)
             x = torch.nn.functional.grid_sample(planes, grid, padding_mode="border", align_corners=False)
-            x = x.unflatten(1, (frames, 3)).transpose(1, 2)
+            # In the network's memory format: else every pass of an attack would bring it there.
+            x = x.unflatten(1, (frames, 3)).transpose(1, 2).contiguous(memory_format=torch.channels_last_3d)
         else:
             x = to_float(x)
         if flip:

@@ -18,6 +18,7 @@ from conftest import ROOT
 from PIL import Image
 from running import (
     epochs_done,
+    execute,
     finished,
     finished_in_process,
     in_process,
@@ -327,9 +328,11 @@ def test_a_run_that_was_resumed_itself_is_evaluated_by_any_number_of_processes()
         data.check_same(own, own, {"processes": 2})
 
 
-@pytest.mark.parametrize("script, own, graphs", [("afa", "--gate-epochs 1", 6), ("aalp", "", 2)])
+@pytest.mark.parametrize("script, own, graphs", [("afa", "--gate-epochs 1", 6), ("aalp", "", 2),
+                                                 ("vfd_adv", "--teacher-epochs 1", 5), ("abnn", "--clean-epochs 1", 2)])
 def test_compiled_is_training_alone_with_a_graph_for_each_of_its_batches(script, own, graphs, tmp_path, monkeypatch):
-    """AFA: attack, both ends; frozen and predicted weights, the gate. AALP: attack, and a batch of twice the size."""
+    """AFA: attack, both ends; frozen and predicted weights, the gate. AALP: attack, and a batch of twice the size. VFD:
+    the teacher in training; attack, both passes, the teacher. ABNN: one for S and T, T with its layers."""
     seen = []
 
     def backend(graph, inputs):
@@ -339,7 +342,7 @@ def test_compiled_is_training_alone_with_a_graph_for_each_of_its_batches(script,
     monkeypatch.setattr(torch.nn.Module, "compile", lambda net, **settings: setattr(
         net, "_compiled_call_impl", torch.compile(net._call_impl, backend=backend, **settings)))
     tiny = "--train-size 16 --val-size 20 --test-size 2 --width 4 --epochs 2 --batch-size 16 --attack-steps 1"
-    finished_in_process(f"{tiny} --eps-warmup-epochs 0 --compile {own}", tmp_path, f"{script}.py")
+    assert execute(f"{tiny} --eps-warmup-epochs 0 --compile {own}", tmp_path, f"{script}.py") == 0
     torch._dynamo.reset()
     assert len(seen) == graphs and all(sizes and isinstance(sizes[0], int) for sizes in seen)
 

@@ -93,7 +93,7 @@ PRESETS = {
     "tiny-imagenet": {"fast": FAST, "paper": PAPER},
 }
 BETA = {"at": 0.0, "trades": 6.0, "mart": 5.0}
-LAMBDA = 0.03  # both lambdas, in units of lambda_0: the largest that costs nothing in a sweep  [D2]
+LAMBDA = 0.03  # both lambdas, in units of lambda_0: from a sweep on embedded data, within its noise  [D2]
 
 
 # --- Network

@@ -64,7 +64,7 @@ class Args:
     eps_warmup_epochs: float | None = None  # epochs over which the training eps rises from 0
     # --- Method
     bn: Literal["dual", "single"] = "dual"  # single: plain PGD adversarial training, the baseline
-    fusion: Literal["learned", "0", "0.5", "1"] = "learned"  # weight w: predicted, or fixed (no stage 2)
+    fusion: Literal["learned"] | float = "learned"  # weight w: predicted, or fixed at this, from 0 to 1 (no stage 2)
     gate: Literal["probe", "layer"] = "probe"  # w from a first pass along BN_c, or in each layer from its input
     gate_epochs: int | None = None  # epochs of stage 2, which trains the gate
     gate_lr: float = 3e-3  # peak learning rate of Adam in stage 2
@@ -383,7 +383,8 @@ if __name__ == "__main__":
     preset = {k: v for k, v in PRESETS[args.dataset][args.preset].items() if getattr(args, k) is None}
     args = replace(args, **preset)
     learned = args.bn == "dual" and args.fusion == "learned"
-    data.check(args, gate_epochs=(int(learned), math.inf), gate_lr=(1e-9, math.inf), harden=(0, 1))
+    fixed = {} if args.fusion == "learned" else {"fusion": (0, 1)}
+    data.check(args, gate_epochs=(int(learned), math.inf), gate_lr=(1e-9, math.inf), harden=(0, 1), **fixed)
 
     # Data, network, optimisers.
     device = data.device(args.device)

@@ -388,6 +388,7 @@ REFUSED = {
     "--step-size 2": "did you mean 2/255?",
     "--lr 0": "--lr must be at least",
     "--harden 2": "--harden must be at most 1",
+    "--fusion 1.5": "--fusion must be at most 1, not 1.5",
     "--train-size 0": "--train-size 0: digits has from 1 to 8000",
     "--train-size 9000": "--train-size 9000: digits has from 1 to 8000",
     "--val-size -5": "--val-size -5: digits has from 1 to",

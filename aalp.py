@@ -303,7 +303,7 @@ ATTACKS = {  # columns of the final table, as settings of survivors()
 }
 
 
-def evaluate(net, x, y, eps, norm, others=(), batch_size=500):
+def evaluate(net, x, y, eps, norm, others=(), batch_size=None):
     """Accuracies of the final table, from counts over all of x. First `worst`, their per-example minimum.
 
     `others` are models to transfer from: the column `transfer` is PGD-20 with both losses on each of them.

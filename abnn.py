@@ -32,6 +32,7 @@ from common.pgd import (
     attack_images,
     attack_metrics,
     frame_mask,
+    in_a_pass,
     likeliest_wrong,
     masked_attack,
     pgd,
@@ -540,7 +541,7 @@ ATTACKS = {  # columns of the final table, as settings of survivors()
 }
 
 
-def evaluate(net, x, y, eps, norm, others=(), batch_size=500):
+def evaluate(net, x, y, eps, norm, others=(), batch_size=None):
     """Accuracies of the final table, from counts over all of x. First `worst`, their per-example minimum.
 
     `others` are models to transfer from: the column `transfer` is PGD-20 with both losses on each of them.
@@ -580,8 +581,8 @@ def above(a, b):
     return (a.sum() - b.sum()).item() > 2 * (a != b).sum().item() ** 0.5
 
 
-def evaluate_threats(net, x, y, known, args, part):
-    """Accuracies {row: {attack: accuracy}} and warnings; `part` samples of x (floats or uint8) at a time.  [D7]
+def evaluate_threats(net, x, y, known, args):
+    """Accuracies {row: {attack: accuracy}} and warnings; x are floats or uint8.  [D7]
 
     Rows: `worst`, the per-image minimum of the others; `no gradient`; threat model and loss; `C strong`. All but the
     last attack every image that is right without an attack, at the same positions, so that they can be compared.
@@ -593,8 +594,8 @@ def evaluate_threats(net, x, y, known, args, part):
     rows = {"no gradient": (net, dict(steps=0))}
     rows |= {f"{threat} {loss}": (source, dict(loss=loss)) for threat, source in sources.items()
              for loss in ("ce", "margin")}
-    strong = [dict(loss="margin", steps=100)] * 2 + [dict(target=goal) for goal in likeliest_wrong(net, x, y, 9, part)]
-    clean = survivors(net, x, y, eps=0, steps=0, batch_size=part)
+    strong = [dict(loss="margin", steps=100)] * 2 + [dict(target=goal) for goal in likeliest_wrong(net, x, y, 9)]
+    clean = survivors(net, x, y, eps=0, steps=0)
     table, warnings = {"worst": {"clean": clean.sum().item() / len(y)}}, []
     everything = clean
     for name in data.track(PHYSICAL, "attackers"):
@@ -607,12 +608,12 @@ def evaluate_threats(net, x, y, known, args, part):
                 border = frame_mask(sizes(args)["af"], known[0])
                 how = {**how, "frame": universal(source, *known, border, generator=generator, **{"steps": 50, **how})}
             attack = partial(craft, name, source, args=args, generator=generator)
-            alive[row] = unbroken(attack, net, x, y, clean, part, **how)
+            alive[row] = unbroken(attack, net, x, y, clean, **how)
         white, generator = alive["C ce"] & alive["C margin"], torch.Generator(x.device).manual_seed(1)
         if name != "af_universal":  # more steps, other places and goals, against what the rows before leave
             attack = partial(craft, name, net, args=args, generator=generator, keep_best=True)
             for how in strong:
-                white = unbroken(attack, net, x, y, white, part, **how)
+                white = unbroken(attack, net, x, y, white, **how)
             alive["C strong"] = white
         warnings += [f"{name}: the white box C leaves {white.float().mean():.3f}, but {row} {mask.float().mean():.3f}: "
                      "the attack under C fails, and its accuracy is no evidence"
@@ -640,12 +641,12 @@ def verdict(table, classes):
                "robustness" if shown else ""))
 
 
-def measure(net, x, y, eps, args, part):
+def measure(net, x, y, eps, args):
     """PGD-20 accuracy against eps: of the network, of threat model A, and of the twin."""
     models = {"model": net}
     if isinstance(net, ABNN):
         models |= {"A": partial(net, detach=True), "twin": net.twin}
-    return {name: robustness_curve(model, x, y, eps, args.norm, part) for name, model in models.items()}
+    return {name: robustness_curve(model, x, y, eps, args.norm) for name, model in models.items()}
 
 
 def load(run, device="cpu", name="best.pt"):
@@ -688,10 +689,10 @@ if __name__ == "__main__":
     device = data.device(args.device)
     d = data.load_as(args, device)
     side = SIDES.get(args.dataset, 32)
-    # Both stay uint8; floats are made of one part at a time: of all ucf101 test clips they would take up to 23 GB.
+    # Both stay uint8; floats are made of a few at a time: of all ucf101 test clips they would take up to 23 GB.
     x_val, y_val = data.centre_clips(d.val.x, args.frames, side) if video else d.val.x, d.val.y
     x_test, y_test = d.test.x, d.test.y
-    part = max(500 * 32**2 // ((args.frames if video else 1) * side**2), 16)  # samples in a pass of the evaluation
+    few = min(256, 2 * in_a_pass(x_val))  # samples to watch training with
     data.tune(False)  # no tuning yet: evaluation has batches of many sizes
     torch.manual_seed(args.seed)
     net = (net if run else build(args, len(d.classes))).to(device, memory_format=torch.channels_last)
@@ -737,11 +738,10 @@ if __name__ == "__main__":
         # Validation under the full white box. Robust accuracy chooses the best epoch only for `at`: otherwise
         # few samples will do.
         net.eval()
-        few, by_robust = min(256, 2 * part), args.defense == "at"
+        by_robust = args.defense == "at"
         n = None if by_robust else few
-        clean = survivors(net, x_val, y_val, eps=0, steps=0, batch_size=part)
-        robust = survivors(net, x_val[:n], y_val[:n], clean[:n], eps=eps_test, steps=10, norm=args.norm,
-                           batch_size=part)
+        clean = survivors(net, x_val, y_val, eps=0, steps=0)
+        robust = survivors(net, x_val[:n], y_val[:n], clean[:n], eps=eps_test, steps=10, norm=args.norm)
         val = {k: mask.sum().item() / len(mask) for k, mask in (("clean_acc", clean), ("robust_acc", robust))}
         # Predicting one class for everything resists all attacks but is no classifier.
         score = val["robust_acc" if by_robust else "clean_acc"] if val["clean_acc"] > majority + 0.01 else 0.0
@@ -772,10 +772,10 @@ if __name__ == "__main__":
     for names, state in data.checkpoints(args.eval_only or run_dir, SCRIPT):  # the best, then the last
         net.load_state_dict(state["net"])
         if not table:  # what the method is about: of the best alone
-            curves = measure(net, x_test, y_test, eps_test, args, part)
-            known = data.to_float(x_val[: min(100, 2 * part)]), y_val[: min(100, 2 * part)]
-            threats, warnings = evaluate_threats(net, x_test, y_test, known, args, part)
-        row = evaluate(net, x_test, y_test, eps_test, args.norm, others, part)
+            curves = measure(net, x_test, y_test, eps_test, args)
+            known = data.to_float(x_val[: min(100, few)]), y_val[: min(100, few)]
+            threats, warnings = evaluate_threats(net, x_test, y_test, known, args)
+        row = evaluate(net, x_test, y_test, eps_test, args.norm, others)
         table |= dict.fromkeys(names, {"epoch": state["epoch"], **row})
     method = {"threats": threats, "warnings": warnings, "verdict": verdict(threats, len(d.classes)), "curves": curves,
               "history": state["history"], "sizes": sizes(args)}

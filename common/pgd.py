@@ -217,15 +217,20 @@ def pgd(model, x, y, *, eps, step_size, steps, norm="linf", loss="ce", random_st
     return best if keeping else x_adv.detach()
 
 
+def in_a_pass(x):
+    """How many samples of x are attacked at a time: 500 images of 32x32, or as many pixels of larger ones and clips."""
+    return max(500 * 3 * 32**2 // max(x[:1].numel(), 1), 16)
+
+
 @torch.no_grad()
-def likeliest_wrong(model, x, y, k, batch_size=500):
+def likeliest_wrong(model, x, y, k, batch_size=None):
     """The k wrong classes that `model` finds likeliest, (k, N), the likeliest first; fewer where there are fewer."""
-    logits = torch.cat([model(to_float(part)).float() for part in x.split(batch_size)])
+    logits = torch.cat([model(to_float(part)).float() for part in x.split(batch_size or in_a_pass(x))])
     return logits.scatter(1, y[:, None], float("inf")).argsort(1, descending=True)[:, 1 : k + 1].T
 
 
 def survivors(model, x, y, alive=None, *, eps, steps, step_size=None, relative_step=0.25, restarts=1, targets=0,
-              source=None, seed=0, batch_size=500, **settings):  # fmt: skip
+              source=None, seed=0, batch_size=None, **settings):  # fmt: skip
     """Which samples stay correctly classified under `pgd`: a boolean mask (N,). With `steps=0`, without an attack.
 
     Only samples marked in `alive` (N,) are attacked, in each restart those that survived the ones before: what is
@@ -233,7 +238,8 @@ def survivors(model, x, y, alive=None, *, eps, steps, step_size=None, relative_s
     attacks with the loss `lead`, one towards each of the k wrong classes likeliest without an attack. `source` is
     another model to craft on, for a transfer attack. The other `settings` are those of `pgd`; eps and step_size may be
     one value per sample. A misclassified sample that an attack happens to repair counts as a survivor: pass the clean
-    mask as `alive`. `x` may be uint8 as in a data set: floats are made for `batch_size` samples at a time.
+    mask as `alive`. `x` may be uint8 as in a data set: floats are made for `batch_size` samples at a time
+    (None: `in_a_pass`).
 
     Several processes must call this together. Each attacks its share, with the noise that one process would give it,
     and all return the whole mask.
@@ -250,7 +256,7 @@ def survivors(model, x, y, alive=None, *, eps, steps, step_size=None, relative_s
         raise ValueError("the model is in training mode: call .eval() before an attack (of a wrapper too)")
     goals = likeliest_wrong(model, x, y, targets, batch_size) if targets else [None]
     for goal in [goal for _ in range(restarts) for goal in goals]:
-        for i in alive.nonzero().squeeze(1).split(batch_size) if alive.any() else ():
+        for i in alive.nonzero().squeeze(1).split(batch_size or in_a_pass(x)) if alive.any() else ():
             start, mine = random_start, distributed.share(len(i))
             if random_start is True:  # drawn for all of them: a sample's noise is the same with any number of processes
                 whole = to_float(x[i])
@@ -273,7 +279,7 @@ def pgd10(model, x, y, eps, norm="linf"):
     return pgd(model, x, y, eps=eps, step_size=eps / 4, steps=10, norm=norm, random_start=False)
 
 
-def robustness_curve(model, x, y, eps, norm="linf", batch_size=500):
+def robustness_curve(model, x, y, eps, norm="linf", batch_size=None):
     """Accuracy under PGD-20 against its strength, from counts: {255 eps as text: fraction}, for 0 to 8 times `eps`.
 
     At 8 eps next to nothing should be left: an attack that fails there fails everywhere.
@@ -419,15 +425,15 @@ def masked_attack(name, model, x, y, size, *, steps=30, loss="ce", frame=None, g
     return attack(x.masked_fill(mask, colour), mask=mask, random_start=False)
 
 
-def unbroken(attack, model, x, y, alive, batch_size, target=None, **how):
+def unbroken(attack, model, x, y, alive, *, target=None, **how):
     """Which samples of the mask `alive` (N,) `model` still gets right after attack(x, y, **how), whatever that is.
 
-    x are floats or uint8, `batch_size` samples at a time. With `target`, classes (N,), by the loss `lead` towards them.
+    x are floats or uint8, `in_a_pass` at a time. With `target`, classes (N,), by the loss `lead` towards them.
     With several processes, each draws for its share.
     """
     alive = alive.clone()
     mine = alive.nonzero().squeeze(1)[distributed.share(int(alive.sum()))]
-    for i in mine.split(batch_size) if len(mine) else ():
+    for i in mine.split(in_a_pass(x)) if len(mine) else ():
         how |= {} if target is None else {"loss": partial(lead, target=target[i])}
         x_adv = attack(to_float(x[i]), y[i], **how)
         with torch.no_grad():

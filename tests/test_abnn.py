@@ -285,7 +285,7 @@ def undefended():
 def test_an_undefended_network_falls_under_every_attack(undefended):
     """The calibration: an attack that a plain network survives would say nothing of a defense."""
     net, x, y, known, args = undefended
-    table, warnings = abnn.evaluate_threats(net, x, y, known, args, part=500)
+    table, warnings = abnn.evaluate_threats(net, x, y, known, args)
     assert table["worst"]["clean"] > 0.5
     assert set(table) == {"worst", "C ce", "C margin", "C strong", "no gradient"}
     for name in abnn.PHYSICAL:
@@ -299,7 +299,7 @@ def test_an_undefended_network_falls_under_every_attack(undefended):
 def test_table_of_threats_agrees_with_pgd_alone(undefended, monkeypatch):
     monkeypatch.setattr(abnn, "PHYSICAL", ("pgd",))
     net, x, y, known, args = undefended
-    table, _ = abnn.evaluate_threats(net, x, y, known, replace(args, eps=2 / 255), part=500)
+    table, _ = abnn.evaluate_threats(net, x, y, known, replace(args, eps=2 / 255))
     clean = survivors(net, x, y, eps=0, steps=0)
     for loss in ("ce", "margin"):
         expected = survivors(net, x, y, clean, eps=2 / 255, steps=20, loss=loss).float().mean().item()
@@ -319,7 +319,7 @@ def test_the_strong_white_box_goes_on_where_the_others_end(undefended, monkeypat
         return craft(name, source, x, y, args, generator, **how)
 
     monkeypatch.setattr(abnn, "craft", spied)
-    table, _ = abnn.evaluate_threats(net, x, y, known, args, part=500)
+    table, _ = abnn.evaluate_threats(net, x, y, known, args)
     row = {k: v["spa"] for k, v in table.items()}
     assert 0 < row["C strong"] < min(row["C ce"], row["C margin"]) and row["worst"] == row["C strong"]
     sizes, hows = zip(*seen[3:])  # after both losses and no gradient
@@ -345,7 +345,7 @@ def test_a_white_box_that_fails_is_warned_of(undefended, monkeypatch):
         def train(self, mode=True):
             return nn.Module.train(self, mode)
 
-    _, warnings = abnn.evaluate_threats(Hidden().eval(), x, y, known, args, part=500)
+    _, warnings = abnn.evaluate_threats(Hidden().eval(), x, y, known, args)
     assert any(w.startswith("pgd: the white box C leaves") and "A ce" in w for w in warnings)
 
 

@@ -14,6 +14,7 @@ from common.pgd import (
     LOSSES,
     attack_metrics,
     frame_mask,
+    in_a_pass,
     kl,
     lead,
     margin,
@@ -892,6 +893,19 @@ def test_none_alive(net, many, norm):
     spy = Spy(net)
     got = survivors(spy, *many, torch.zeros(96, dtype=torch.bool), norm=norm, restarts=2, **weak())
     assert not got.any() and spy.samples == 0
+
+
+@pytest.mark.parametrize("shape, n", [((3, 32, 32), 500), ((32, 32, 3), 500), ((3, 64, 64), 125),
+                                      ((3, 8, 32, 32), 62), ((3, 16, 112, 112), 16), ((64, 64, 3), 125)])
+def test_large_samples_are_attacked_a_few_at_a_time(shape, n):
+    assert in_a_pass(torch.empty(1000, *shape, device="meta")) == in_a_pass(torch.empty(2, *shape, device="meta")) == n
+    assert in_a_pass(torch.empty(0, *shape)) > 0
+    if shape == (3, 64, 64):
+        seen = []
+        net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64 * 64, 2)).eval()
+        net.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+        survivors(net, torch.rand(150, *shape), torch.zeros(150, dtype=torch.long), eps=0, steps=0)
+        assert seen == [125, 25]
 
 
 def test_survivors_do_not_depend_on_the_batch_size(net, many):

@@ -688,9 +688,10 @@ if __name__ == "__main__":
     # Data, network, optimiser.
     device = data.device(args.device)
     d = data.load_as(args, device)
-    side = SIDES.get(args.dataset, 32)
     # Both stay uint8; floats are made of a few at a time: of all ucf101 test clips they would take up to 23 GB.
-    x_val, y_val = data.centre_clips(d.val.x, args.frames, side) if video else d.val.x, d.val.y
+    x_val, y_val = d.val
+    if video:
+        x_val = data.centre_clips(x_val, args.frames, SIDES.get(args.dataset, 32))
     x_test, y_test = d.test.x, d.test.y
     few = min(256, 2 * in_a_pass(x_val))  # samples to watch training with
     data.tune(False)  # no tuning yet: evaluation has batches of many sizes

@@ -63,7 +63,8 @@ REDUCED = {"--arch preactresnet8", "--attack-steps 3", "--train-size 7000", "--v
           *(f"--eps-warmup-epochs {n}.0" for n in (3, 6, 8, 9, 12)), "--gate-epochs 2", "--teacher-epochs 10",
           *(f"--milestones {both}" for both in ("8 11", "10 13", "12 16", "16 22")),
           "--substitute svhn", "--substitute cifar10"}  # fmt: skip
-COLUMNS = [*"worst clean fgsm pgd20 pgd50_margin targeted transfer".split(), "last worst", "last clean"]
+COLUMNS = [*"worst clean fgsm pgd20 pgd50_margin targeted transfer".split(), "constant worst", "constant clean",
+           "last worst", "last clean"]
 ATTACKERS = ("worst", "A ce", "A margin", "B ce", "B margin", "C ce", "C margin", "C strong", "no gradient")
 ATTACKS = ("clean", "pgd", "roa", "roa_search", "af", "af_universal", "spa", "all")
 NOT_FRACTIONS = ("n50", "n90", "cka", "distance", "usefulness", "sample_weight", "weight@",

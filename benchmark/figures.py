@@ -157,9 +157,13 @@ def robustness_curve(runs):
         for k, v in curve.items():
             if float(k) > end:
                 far.setdefault(k, []).append(f"{run.label} {100 * v:.1f} %")
+        star = dict(linestyle="none", marker="*", markersize=18, color=run.color, zorder=5, clip_on=False)
         worst = 100 * run.results["checkpoints"]["best"]["worst"]
-        ax.plot(run.eps, worst, linestyle="none", marker="*", markersize=18, color=run.color, markeredgecolor="white",
-                zorder=5, clip_on=False, label=f"{run.label}, worst case over\nall attacks at eps: {worst:.1f} %")
+        ax.plot(run.eps, worst, markeredgecolor="white", **star,
+                label=f"{run.label}, worst case over\nall attacks at eps: {worst:.1f} %")
+        if control := run.method.get("constant"):
+            ax.plot(run.eps, 100 * control["worst"], markerfacecolor="white", **star,
+                    label=f"{run.label}, constant w,\nlikewise: {100 * control['worst']:.1f} %")
         for i, name in enumerate([name for name in FIXED if name in others], 1):
             if len(runs) == 1:  # the oracle lies on one of the others: thin and dashed, it does not hide it
                 look = dict(linestyle="--") if name == "oracle" else dict(linewidth=2.4, marker=MARKERS[i])

@@ -57,7 +57,8 @@ def make_run(folder, bn="dual", dataset="digits", finished=True):
     shift = [[[0.1 * layer * i for i in range(9)] for _ in range(2)] for layer in range(LAYERS)]
     statistic = {"monotone_share": {"mean": 0.6, "log_sd": 0.9}, "shift": shift}
     row = {"epoch": 2, "clean": 0.9, "fgsm": 0.6, "pgd20": 0.4, "pgd50_margin": 0.35, "worst": 0.3}
-    method = {"curves": {name: GRID for name in names + ["oracle"] * (bn == "dual")},
+    method = {"curves": {name: GRID for name in names + ["oracle", "constant"] * (bn == "dual")},
+              **({"constant": row} if bn == "dual" else {}),
               "strengths": [EPS * i / 8 for i in range(9)], "statistics": {name: statistic for name in names},
               "weight_mean": weight, "weight_sd": [[0.05] * LAYERS] * 9}
     data.save(folder / "results.json", dict(script="afa", dataset=dataset, seed=1, eps=EPS, evaluated=20,

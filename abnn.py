@@ -692,7 +692,7 @@ if __name__ == "__main__":
     x_val, y_val = d.val
     if video:
         x_val = data.centre_clips(x_val, args.frames, SIDES.get(args.dataset, 32))
-    x_test, y_test = d.test.x, d.test.y
+    x_test, y_test = d.test
     few = min(256, 2 * in_a_pass(x_val))  # samples to watch training with
     data.tune(False)  # no tuning yet: evaluation has batches of many sizes
     torch.manual_seed(args.seed)

@@ -315,13 +315,16 @@ def frozen_weights(net, args):
 
 
 @torch.no_grad()
+def fusing_weights(net, x):
+    """The predicted weights of images (N, 3, H, W), (N, layers), with either kind of gate."""
+    net(x, record=(record := []))
+    return torch.stack([w for _, w in record], 1)
+
+
 def constant_weights(net, x, y, eps, args):
     """The control: the mean of the predicted weights over images and their PGD-10 examples, (1, layers).  [D8]"""
-    weights = []
-    for images in (x, pgd10(net, x, y, eps, args.norm)):
-        net(images, record=(record := []))
-        weights.append(torch.stack([w for _, w in record], 1))
-    return torch.cat(weights).mean(0, keepdim=True)
+    both = [fusing_weights(net, images) for images in (x, pgd10(net, x, y, eps, args.norm))]
+    return torch.cat(both).mean(0, keepdim=True)
 
 
 @torch.no_grad()
@@ -384,8 +387,7 @@ if __name__ == "__main__":
     preset = {k: v for k, v in PRESETS[args.dataset][args.preset].items() if getattr(args, k) is None}
     args = replace(args, **preset)
     learned = args.bn == "dual" and args.fusion == "learned"
-    fixed = {} if args.fusion == "learned" else {"fusion": (0, 1)}
-    data.check(args, gate_epochs=(int(learned), math.inf), gate_lr=(1e-9, math.inf), harden=(0, 1), **fixed)
+    data.check(args, gate_epochs=(int(learned), math.inf), gate_lr=(1e-9, math.inf), harden=(0, 1), fusion=(0, 1))
 
     # Data, network, optimisers.
     device = data.device(args.device)
@@ -500,9 +502,7 @@ if __name__ == "__main__":
         scalars |= {f"attack/{k}": v for k, v in attack_metrics(model, x_few, y_few, x_adv).items()}
         if stage == 2:
             for kind, images in (("clean", x_few), ("adv", x_adv)):
-                with torch.no_grad():
-                    net(images, record=(record := []))
-                weights = torch.stack([w for _, w in record])
+                weights = fusing_weights(net, images)
                 scalars[f"afa/weight_{kind}"] = weights.mean().item()
                 writer.add_histogram(f"afa/weights_{kind}", weights, step)  # under one tag it would hide the scalar
         data.log_epoch(writer, bar, f"epoch {epoch + 1}/{len(stages)}", step, scalars, attack_images(x_few, x_adv), d)

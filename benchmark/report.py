@@ -67,8 +67,7 @@ COLUMNS = [*"worst clean fgsm pgd20 pgd50_margin targeted transfer".split(), "co
            "last worst", "last clean"]
 ATTACKERS = ("worst", "A ce", "A margin", "B ce", "B margin", "C ce", "C margin", "C strong", "no gradient")
 ATTACKS = ("clean", "pgd", "roa", "roa_search", "af", "af_universal", "spa", "all")
-NOT_FRACTIONS = ("n50", "n90", "cka", "distance", "usefulness", "sample_weight", "weight@",
-                 "weight_sd@")
+NOT_FRACTIONS = ("n50", "n90", "cka", "distance", "usefulness", "sample_weight", "weight@", "weight_sd@")
 LAMBDA_0 = 6.4  # D/C of the embedded data: 64 features, ten classes
 
 

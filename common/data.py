@@ -151,7 +151,8 @@ def checkpoint_of(run, name, script, device):
 def check(args, **own):
     """Refuse arguments outside their range: those of every script, and a script's `own`, as name=(lowest, highest).
 
-    Arguments left at None are not looked at. Raises UserError. Warns of a strength or a rate that is never reached.
+    Arguments left at None, or at a name, are not looked at. Raises UserError. Warns of a strength or a rate that is
+    never reached.
     """
     for k in ("eps", "step_size"):
         if args.norm == "linf" and (getattr(args, k) or 0) > 1:
@@ -162,7 +163,7 @@ def check(args, **own):
     ranges |= {k: (1e-9, math.inf) for k in ("lr", "step_size")}
     for k, (low, high) in (ranges | own).items():
         value = getattr(args, k)
-        if value is not None and not low <= value <= high:  # in this form it refuses nan too
+        if not isinstance(value, (str, type(None))) and not low <= value <= high:  # in this form it refuses nan too
             limit = f"at least {low:g}" if not value >= low else f"at most {high:g}"
             raise UserError(f"--{k.replace('_', '-')} must be {limit}, not {value:g}")
     if args.eps and getattr(args, "defense", "at") == "at" and args.eps_warmup_epochs >= args.epochs:

@@ -114,4 +114,6 @@ def main(args, lines):
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     signal.signal(signal.SIGINT, lambda *_: None)  # the script at work says how to go on; its status ends the list
+    if args.dry_run:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may leave early
     main(args, sys.stdin.read().splitlines())

@@ -2,13 +2,15 @@
 # The runs behind docs/vfd_adv.md, one command a row. Runs that results/vfd_adv.csv has already are skipped.
 #   bash benchmark/vfd_adv.sh          embedded data, each base, each pair, both, logits: two hours on two CPU cores
 #   bash benchmark/vfd_adv.sh sweep    embedded data, the weight of both pairs, by validation accuracy: 20 minutes
+#   bash benchmark/vfd_adv.sh sweep-cifar10   likewise on reduced CIFAR-10, AT alone, 3 seeds: an hour on one CPU core
 #   bash benchmark/vfd_adv.sh cifar10  reduced CIFAR-10, for one CPU core: 7,000 images, a small network, 3 attack steps
 #   bash benchmark/vfd_adv.sh svhn     reduced SVHN, likewise, with eps rising for half of the epochs at the full rate
 #   bash benchmark/vfd_adv.sh gpu      full size, for a GPU
 #   bash benchmark/vfd_adv.sh gpu --dry-run          prints what is left to run
 #   SEEDS=1 bash benchmark/vfd_adv.sh cifar10          of one seed only
 #   bash benchmark/vfd_adv.sh gpu --also="--data-dir D --device cuda:1"      flags for all of them
-# The first run of a seed trains the teacher, the others find it in runs/teachers. lambda_0 is 6.4 on embedded data.
+# The first run of a seed trains the teacher, the others find it in runs/teachers. lambda_0 is 6.4 on embedded data and on
+# reduced CIFAR-10: 64 features, ten classes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 part=digits
@@ -33,6 +35,15 @@ commands() {
             for weight in 0 0.064 0.192 0.64 1.92; do
                 weights="--lambda-adv $weight --lambda-nat $weight"
                 echo python vfd_adv.py --base $base $weights --test-size 1 --runs-dir runs/sweep
+            done
+        done
+        ;;
+    sweep-cifar10)  # four times as many validation images as in `cifar10`: they are what is compared
+        for seed in ${SEEDS:-1 2 3}; do
+            for weight in 0 0.064 0.192 0.64 1.92 6.4; do
+                short="--dataset cifar10 --seed $seed ${reduced/--val-size 500 --test-size 500/--val-size 2000 --test-size 1}"
+                short+=" --eps-warmup-epochs 3 --epochs 18 --teacher-epochs 10"
+                echo python vfd_adv.py $short --lambda-adv $weight --lambda-nat $weight --runs-dir runs/sweep
             done
         done
         ;;
@@ -64,13 +75,13 @@ commands() {
         done
         ;;
     *)
-        echo "error: no list $part: choose digits, sweep, cifar10, svhn or gpu" >&2
+        echo "error: no list $part: choose digits, sweep, sweep-cifar10, cifar10, svhn or gpu" >&2
         exit 2
         ;;
     esac
 }
 
-if [[ $part = sweep ]]; then
+if [[ $part = sweep* ]]; then
     commands | python benchmark/run.py results/vfd_adv_sweep.csv --validation "$@"
 else
     commands | python benchmark/run.py results/vfd_adv.csv "$@"

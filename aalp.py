@@ -49,7 +49,7 @@ class Args:
     train_size: int | None = None  # training images, of a fixed permutation those after val_size (None: all)
     val_size: int = 1000  # validation images, held out of the training split
     test_size: int | None = None  # test images (None: all, of digits 500)
-    data_on: Literal["auto", "device", "host"] = "auto"  # where training data are; auto: host if over 60 % of a GPU
+    data_on: Literal["auto", "device", "host"] = "auto"  # where training data are kept; auto: host above 60 % of a GPU
     # --- Optimisation
     arch: Literal["preactresnet18", "wrn-34-10", "preactresnet8"] | None = None  # network
     width: int | None = None  # channels of the first stage (None: 64, 160 and 16, in the order above)
@@ -66,13 +66,13 @@ class Args:
     eps_warmup_epochs: float | None = None  # epochs over which the training eps rises from 0
     # --- Method
     method: Literal["at", "alp", "aalp"] = "aalp"  # sets what is None of the next three; at: no pairing, lambda 0
-    pairing_weight: float | None = None  # lambda, of the squared difference's mean over classes: sums need other values
+    pairing_weight: float | None = None  # lambda; it multiplies a mean over the classes, where others have a sum
     guided_dropout: Literal["low", "high", "random", "none"] | None = None  # which contributions are thinned out
     sample_weight: Literal["clean", "adv", "min", "conflict", "none"] | None = None  # w, what relaxes the pairing
     dropout_ratio: float = 0.5  # r, share of a sample's features that guided dropout selects
     dropout_prob: float = 0.5  # p, probability of a selected feature to be zeroed
     dropout_label: Literal["true", "predicted"] = "true"  # the class that the contributions are for
-    control_of: str | None = None  # ALP at lambda * mean(w) of this AALP run: is less pairing all that it does?
+    control_of: str | None = None  # ALP at lambda * mean(w) of this AALP run: is less pairing all that AALP does?
 
 
 # An argument left at None takes its value here.
@@ -166,7 +166,7 @@ class PreActResNet(nn.Module):
 # z, z'        z, z_adv                their logits (N, classes)
 # f            features                pooled features (N, d), input of the last linear layer, whose weights are W
 # c            contributions           what each feature adds to the logit of the class (N, d)
-# r, p         args.dropout_ratio, _prob
+# r, p         args.dropout_ratio, _prob  share of the features selected, and how likely each of these is zeroed
 # lambda, w    args.pairing_weight, w  weight of the pairing, and its factor for each sample
 # O1, O2       concentration, conflicts  the paper's two observations
 # D1, D2, ...  docs/aalp.md            our decisions where the abstract leaves the choice open
@@ -218,7 +218,7 @@ def sample_weights(z, z_adv, y, args):
     if args.sample_weight == "conflict":  # the largest weight up to 1 that is not over-emphasised on the clean logits
         g_ce, g_lp = logit_gradients(z, z_adv, y, args.pairing_weight)
         against = -(g_ce * g_lp).sum(1)
-        return torch.where(against < 0, 1, (g_ce.square().sum(1) / against.clamp_min(1e-30)).clamp(max=1))
+        return torch.where(against <= 0, 1, (g_ce.square().sum(1) / against.clamp_min(1e-30)).clamp(max=1))
     weights = {"clean": clean, "adv": adv, "min": torch.minimum(clean, adv), "none": torch.ones_like(clean)}
     return weights[args.sample_weight]
 
@@ -256,7 +256,7 @@ def observe(net, x, y, eps, args):
         with torch.no_grad():
             maps = net.maps(images)
             logits.append(net.fc(maps.mean((2, 3))))
-            c_maps = net.fc.weight[y][:, :, None, None] * maps / maps[0, 0].numel()  # add up to those of features
+            c_maps = net.fc.weight[y][:, :, None, None] * maps / maps[0, 0].numel()  # their sums are those of features
         for level, c in (("features", c_maps.sum((2, 3))), ("map", c_maps.flatten(1))):
             result |= {f"{k}_{level}_{kind}": v.float().mean().item() for k, v in concentration(c).items()}
     lambda_w = args.pairing_weight * sample_weights(*logits, y, args)
@@ -330,7 +330,7 @@ def load(run, device="cpu", name="best.pt"):
         args = Args(**state["args"])
         net = build(args, state["classes"])
         net.load_state_dict(state["net"])
-    return net.to(device, memory_format=torch.channels_last).eval(), args, state
+    return data.to_device(net, device).eval(), args, state
 
 
 if __name__ == "__main__":
@@ -359,7 +359,7 @@ if __name__ == "__main__":
     x_val, y_val, x_test, y_test = data.to_float(d.val.x), d.val.y, data.to_float(d.test.x), d.test.y
     data.tune(False)  # no tuning yet: evaluation has batches of many sizes
     torch.manual_seed(args.seed)
-    net = (net if run else build(args, len(d.classes))).to(device, memory_format=torch.channels_last)
+    net = data.to_device(net if run else build(args, len(d.classes)), device)
     if args.compile:
         net.compile(dynamic=False)  # a graph for each batch size: one for all sizes would be slower
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, nesterov=True, fused=True,
@@ -390,13 +390,13 @@ if __name__ == "__main__":
         checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
     data.announce(run_dir, net, d, info, preset)
 
-    # Training.
+    # Training. With disable=None the bar is hidden where there is no terminal.
     bar = tqdm(total=args.epochs * steps, initial=progress["epoch"] * steps, disable=distributed.rank() > 0 or None)
     for epoch in range(progress["epoch"], 0 if args.eval_only else args.epochs):
         started, sums, weights = time.time(), defaultdict(float), []
         data.tune(True)  # searching for fast convolutions pays in training, with its few batch sizes
-        noise = distributed.seed(2_000_003 * args.seed + epoch)  # all randomness follows from (seed, epoch)
-        generator = torch.Generator(device).manual_seed(noise)
+        # All randomness follows from (seed, epoch); with several processes each draws noise of its own.
+        generator = torch.Generator(device).manual_seed(distributed.seed(2_000_003 * args.seed + epoch))
         for i, (x, y) in enumerate(data.batches(d.train, args.batch_size, seed=args.seed, epoch=epoch, **d.augment)):
             t = epoch + (i + 0.5) / steps  # epochs, at the middle of the step
             if args.milestones:
@@ -475,7 +475,7 @@ if __name__ == "__main__":
         if not table:  # what the method is about: of the best alone
             method = measure(net, x_test, y_test, eps_test, args)
         row = evaluate(net, x_test, y_test, eps_test, args.norm)
-        table |= dict.fromkeys(names, {"epoch": state["epoch"], **row})
+        table |= dict.fromkeys(names, {"epoch": state["epoch"], **row})  # the best may be the last
     tested, weights = method["test"], state["history"].get("sample_weight", [])
     method |= {"history": state["history"],
                "mean_pairing_weight": args.pairing_weight * sum(weights) / max(len(weights), 1)}

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from common import data, distributed
 from common.pgd import (
+    above,
     attack_images,
     attack_metrics,
     frame_mask,
@@ -64,7 +65,7 @@ class Args:
     train_size: int | None = None  # for training, of a fixed permutation those after val_size (None: all)
     val_size: int = 1000  # validation images or clips, held out of the training split
     test_size: int | None = None  # test images or clips (None: all)
-    data_on: Literal["auto", "device", "host"] = "auto"  # where training data are; auto: host if over 60 % of a GPU
+    data_on: Literal["auto", "device", "host"] = "auto"  # where training data are kept; auto: host above 60 % of a GPU
     frames: int | None = None  # frames of a clip
     split: Literal[1, 2, 3] = 1  # official split of ucf101
     # --- Optimisation
@@ -89,7 +90,7 @@ class Args:
     """what S was trained on: a data set's name, self (the same data, another seed), imagenet, kinetics, or the folder
     of a run with --defense none"""
     substitute_arch: Literal["preactresnet18", "wrn-34-10", "preactresnet8", "r3d18", "conv3d", "resnet18", None] = None
-    """network of S, self or of a data set (None: the target's)"""
+    """network of an S that is trained here, on the same data or on a named set (None: the target's)"""
     substitute_width: int | None = None  # its width (None: the target's)
     clean_epochs: int | None = None  # epochs of clean training that each defense starts from: of T, and of S
     statistics: Literal["flat", "channel"] | None = None
@@ -128,6 +129,7 @@ ATTACK_SIZES = {"digits": (14, 2, 64), "moving-digits": (9, 1, 32), "ucf101": (3
                 "tiny-imagenet": (17, 3, 33)}  # of the others (9, 1, 16)
 PRETRAINED = {"imagenet": ("resnet18", "ResNet18_Weights.IMAGENET1K_V1"),
               "kinetics": ("r3d18", "R3D_18_Weights.KINETICS400_V1")}  # architecture, torchvision's weights
+TORCHVISION = ("resnet18", "r3d18")  # networks of torchvision's, each with a width of its own
 
 
 # --- Network
@@ -203,11 +205,11 @@ class GroupNet(nn.Module):
 
     def __init__(self, arch, width, classes, weights=None):
         super().__init__()
-        self.video = arch != "resnet18"
+        video = arch != "resnet18"
         mean, std = {"resnet18": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # those of the pretraining data
                      "r3d18": ((0.432, 0.395, 0.376), (0.228, 0.221, 0.217))}.get(arch, ([0.5], [0.25]))
         for name, value in (("mean", mean), ("std", std)):
-            shape = (1, -1, 1, 1, 1) if self.video else (1, -1, 1, 1)
+            shape = (1, -1, 1, 1, 1) if video else (1, -1, 1, 1)
             self.register_buffer(name, torch.tensor(value).view(shape), persistent=False)
         if arch == "conv3d":
             channels = [3, *((width or 8) * multiple for multiple in (1, 2, 4, 8, 8))]
@@ -218,7 +220,7 @@ class GroupNet(nn.Module):
             import torchvision  # here, as in data.environment
 
             net = torchvision.models.get_model(arch.replace("r3d", "r3d_"), weights=weights)
-            stem = net.stem if self.video else nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
+            stem = net.stem if video else nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
             self.groups = nn.ModuleList([stem, net.layer1, net.layer2, net.layer3, net.layer4])
         self.fc = nn.Linear(channels[-1] if arch == "conv3d" else 512, classes)
 
@@ -234,9 +236,6 @@ class GroupNet(nn.Module):
             x = group(x)
         return self.head(x)
 
-    def to(self, *args, memory_format=None, **kwargs):  # `load` asks for channels_last: images only
-        return super().to(*args, memory_format=torch.channels_last_3d if self.video else memory_format, **kwargs)
-
 
 def plain_network(arch, width, classes):
     return PreActResNet(arch, width, classes) if arch in ARCHS else GroupNet(arch, width, classes)
@@ -249,9 +248,16 @@ def groups_of(net, arch):
     """
     if isinstance(net, GroupNet):
         return [net.stem, *net.groups[1:]], net.head
+
+    def stem(net, x):
+        return net.conv((x - 0.5) / 0.25)
+
+    def head(net, z):
+        return net.fc(F.relu(net.bn(z)).mean((2, 3)))
+
     n = ARCHS[arch][3]
     stages = [nn.Sequential(*net.blocks[i : i + n]) for i in range(0, len(net.blocks), n)]
-    return [lambda x: net.conv((x - 0.5) / 0.25), *stages], lambda z: net.fc(F.relu(net.bn(z)).mean((2, 3)))
+    return [partial(stem, net), *stages], partial(head, net)  # in a closure a deep copy would keep the old network
 
 
 # --- Method
@@ -272,14 +278,16 @@ def channel_moments(v):
 
 
 def mean_std(mean, var, positions, moments):
-    """Mean and unbiased standard deviation of each sample (N, 1), or of the batch (1, 1), from those of channels.  [D3]
+    """Mean and unbiased standard deviation of each sample (N, 1), or of the batch (1, 1).  [D3]
 
-    A channel has `positions` values. The variance is the mean of the channels' variances plus that of their means.
+    From the mean and variance (N, C) of channels of `positions` values each: the variance of all the values is the mean
+    of the channels' variances plus the variance of their means.
     """
-    dims, n = ((1,), mean.shape[1]) if moments == "sample" else ((0, 1), mean.numel())
-    n, total = n * positions, mean.mean(dims, keepdim=True)
-    var = (var.mean(dims, keepdim=True) + (mean - total).square().mean(dims, keepdim=True)) * n / max(n - 1, 1)
-    return total, root(var)
+    dims = 1 if moments == "sample" else (0, 1)
+    whole = mean.mean(dims, keepdim=True)
+    n = mean.numel() // whole.numel() * positions  # values in a sample, or in the batch
+    var = (var.mean(dims, keepdim=True) + (mean - whole).square().mean(dims, keepdim=True)) * n / max(n - 1, 1)
+    return whole, root(var)
 
 
 def root(var):
@@ -299,9 +307,9 @@ class AdaptiveBN(nn.Module):
         self.statistics, self.moments = statistics, moments
         self.bn = (nn.BatchNorm3d if len(shape) == 4 else nn.BatchNorm2d)(channels)
         d = math.prod(shape) if statistics == "flat" else 2 * shape[0]
-        scale = (2 / d) ** 0.5
-        self.weight = nn.Parameter(torch.randn(2 * channels, d) * (1 if equalised else scale))
-        self.scale = scale if equalised else 1
+        std = (2 / d) ** 0.5
+        self.weight = nn.Parameter(torch.randn(2 * channels, d) * (1 if equalised else std))
+        self.factor = std if equalised else 1
         self.bias = nn.Parameter(torch.cat([torch.ones(channels), torch.zeros(channels)]))
 
     def forward(self, z, s):
@@ -312,7 +320,7 @@ class AdaptiveBN(nn.Module):
             f = torch.cat([mean_c, root(var_c)], 1)
         else:
             f = s.flatten(1)
-        gamma, beta = F.linear(self.scale * f, self.weight, self.bias).chunk(2, 1)  # to scale f is cheaper
+        gamma, beta = F.linear(self.factor * f, self.weight, self.bias).chunk(2, 1)  # to scale f is cheaper
         # gamma (std u + mean) + beta as one multiplication and one addition of the large tensor u = BN(z).
         scale, shift = (v.to(z.dtype).view(-1, z.shape[1], *[1] * (z.ndim - 2))
                         for v in (gamma * std, gamma * mean + beta))
@@ -327,14 +335,14 @@ class ABNN(nn.Module):
 
     def __init__(self, args, classes):
         super().__init__()
-        self.video = args.dataset in data.VIDEO
         self.target, self.twin = (plain_network(args.arch, args.width, classes) for _ in range(2))
         self.substitute = plain_network(args.substitute_arch, args.substitute_width, 1)
         self.substitute.fc = nn.Identity()  # its classifier is not used
         self.groups, self.head = groups_of(self.target, args.arch)
         self.taps, _ = groups_of(self.substitute, args.substitute_arch)
         self.norms = nn.ModuleList()
-        z = s = torch.zeros(1, 3, *[args.frames] * self.video, *[SIDES.get(args.dataset, 32)] * 2)
+        frames = [args.frames] * (args.dataset in data.VIDEO)
+        z = s = torch.zeros(1, 3, *frames, *[SIDES.get(args.dataset, 32)] * 2)
         self.eval()
         with torch.no_grad():  # zeros, for the shapes
             for group, tap in zip(self.groups, self.taps, strict=True):
@@ -347,9 +355,6 @@ class ABNN(nn.Module):
         super().train(mode)
         self.substitute.eval(), self.twin.eval()
         return self
-
-    def to(self, *args, memory_format=None, **kwargs):  # as in GroupNet
-        return super().to(*args, memory_format=torch.channels_last_3d if self.video else memory_format, **kwargs)
 
     def forward(self, x, detach=False, record=None):
         """Logits (N, classes). `detach`: S sees the same x, but no gradient goes through it (threat model A).
@@ -405,8 +410,8 @@ def train_epoch(net, optimizer, d, args, epoch, bar=None):
     """Train for an epoch; its randomness follows from (seed, epoch). Means of losses and accuracy, {tag: number}."""
     data.tune(True)  # searching for fast convolutions pays in training, with its few batch sizes
     sums, steps = defaultdict(float), data.steps_per_epoch(len(d.train.y), args.batch_size)
-    noise = distributed.seed(2_000_003 * args.seed + epoch)
-    generator = torch.Generator(d.train.y.device).manual_seed(noise)
+    # With several processes each draws noise of its own.
+    generator = torch.Generator(d.train.y.device).manual_seed(distributed.seed(2_000_003 * args.seed + epoch))
     of_video = dict(frames=args.frames) if args.dataset in data.VIDEO else {}
     batches = data.clip_batches if of_video else data.batches
     for i, (x, y) in enumerate(batches(d.train, args.batch_size, seed=args.seed, epoch=epoch, **d.augment, **of_video)):
@@ -435,19 +440,14 @@ def train_epoch(net, optimizer, d, args, epoch, bar=None):
     return data.means(sums, epoch, args.lr)
 
 
+# From here to `build`: where S, and the T that training starts from, come from. Who reads for the method may skip it.
+
+
 def pretrained(name, classes):
     """The network of PRETRAINED with the weights that torchvision has for it, and a new last layer."""
-    from torchvision.models import get_weight
-
     arch, weights = PRETRAINED[name]
-    try:
-        with distributed.first_alone():  # it downloads
-            return GroupNet(arch, None, classes, weights)
-    except Exception as error:  # network and disk errors have no common base class here
-        url = get_weight(weights).url
-        raise data.UserError(f"the weights of --substitute {name} cannot be downloaded ({type(error).__name__}: {error}"
-                             f"): put {url} at {Path(torch.hub.get_dir(), 'checkpoints', url.split('/')[-1])}, "
-                             "or use --substitute self") from None
+    with data.downloading(weights, f"--substitute {name}", "use --substitute self"):
+        return GroupNet(arch, None, classes, weights)
 
 
 def clean_network(args, d, device):
@@ -458,14 +458,15 @@ def clean_network(args, d, device):
     args = replace(args, defense="none", epochs=args.clean_epochs)
     start = "kinetics" if (args.substitute, args.arch) == ("kinetics", "r3d18") else None
     kept = ("arch", "width", "epochs", "batch_size", "lr", "milestones", "weight_decay", "train_size", "val_size",
-            "bf16", "frames", "split", "seed")  # all that changes the network
+            "bf16", "frames", "split", "seed")  # all that changes the network, beside the data
     key = {"data": d.name, "start": start, **{k: getattr(args, k) for k in kept}}
-    path = data.cache_file(args.runs_dir, "substitutes", f"{d.name}__{args.arch}__{args.seed}", key)
+    content = d.train if d.kind == "images" else ()  # clips are too many bytes to read for this
+    path = data.cache_file(args.runs_dir, "substitutes", f"{d.name}__{args.arch}__{args.seed}", key, content)
     if distributed.agree(path.exists()):
         return load(path, device)[0]
     torch.manual_seed(args.seed)
     net = pretrained(start, len(d.classes)) if start else build(args, len(d.classes))
-    net = net.to(device, memory_format=torch.channels_last)
+    net = data.to_device(net, device)
     if args.compile:
         net.compile(dynamic=False)
     optimizer = optimizer_of(net, args)
@@ -481,7 +482,7 @@ def clean_network(args, d, device):
 def find_substitute(args):
     """(args with the architecture of S, S itself where a run was named). Refuses what does not fit.  [D4]"""
     source, video, net = args.substitute, args.dataset in data.VIDEO, None
-    arch, width, of = args.substitute_arch, args.substitute_width, args.dataset if args.substitute == "self" else None
+    arch, width, seen = args.substitute_arch, args.substitute_width, args.dataset if source == "self" else None
     if source == "self" or source in data.READERS:
         if source in (args.dataset, *data.VIDEO) or video and source != "self":
             raise data.UserError(f"--substitute {source} is not for {args.dataset}: use self, "
@@ -495,17 +496,19 @@ def find_substitute(args):
         arch = PRETRAINED[source][0]
     else:
         net, other, _ = load(source)
-        arch, width, of = other.arch, other.width, other.dataset
+        arch, width, seen = other.arch, other.width, other.dataset
         if other.defense != "none":
             raise data.UserError(f"--substitute {source} was trained with --defense {other.defense}, not none")
     if (arch in ("r3d18", "conv3d")) != video:
         raise data.UserError(f"--substitute {source} ({arch}) does not fit {args.dataset}: one is of images, the other "
                              "of video")
+    if width and arch in TORCHVISION:
+        raise data.UserError(f"{arch} has a width of its own: leave --substitute-width out")
     taps = {a: 1 + len(ARCHS[a][2]) if a in ARCHS else 5 for a in (arch, args.arch)}
     if taps[arch] != taps[args.arch]:
         raise data.UserError(f"S ({arch}) has {taps[arch]} groups and T ({args.arch}) has {taps[args.arch]}: choose "
                              "two architectures with the same number")
-    if of == args.dataset:
+    if seen == args.dataset:
         print("note: the substitute learned from the same data as the target: a weaker premise than the paper's, whose "
               "substitute knows other data", flush=True)
     return replace(args, substitute_arch=arch, substitute_width=width), net
@@ -513,14 +516,14 @@ def find_substitute(args):
 
 def assemble(net, args, d, device, substitute):
     """Fill an ABNN with a trained S, and with a T that was trained without the layers.  [D4, D5]"""
-    its = replace(args, arch=args.substitute_arch, width=args.substitute_width)
+    args_s = replace(args, arch=args.substitute_arch, width=args.substitute_width)
     if args.substitute in PRETRAINED:
         substitute = pretrained(args.substitute, 1)
     elif args.substitute == "self":
-        substitute = clean_network(replace(its, seed=args.seed + 1000), d, device)
+        substitute = clean_network(replace(args_s, seed=args.seed + 1000), d, device)
     elif substitute is None:
-        its = replace(its, dataset=args.substitute, test_size=None)
-        substitute = clean_network(its, data.load_as(its, device), device)
+        args_s = replace(args_s, dataset=args.substitute, test_size=None)
+        substitute = clean_network(args_s, data.load_as(args_s, device), device)
     net.substitute.load_state_dict({k: v for k, v in substitute.state_dict().items() if not k.startswith("fc.")})
     clean = clean_network(args, d, device).state_dict()
     net.target.load_state_dict(clean), net.twin.load_state_dict(clean)
@@ -576,9 +579,9 @@ def craft(name, source, x, y, args, generator, **how):
     return masked_attack(name, source, x, y, sizes(args)[name.split("_")[0]], generator=generator, **how)
 
 
-def above(a, b):
-    """Is accuracy `a` above `b` (masks of the same images) by more than two standard errors?"""
-    return (a.sum() - b.sum()).item() > 2 * (a != b).sum().item() ** 0.5
+def threat_models(net):
+    """What each attacker follows the gradient of: A through T alone, B through T's plain twin, C through all.  [D7]"""
+    return {"A": partial(net, detach=True), "B": net.twin, "C": net} if isinstance(net, ABNN) else {"C": net}
 
 
 def evaluate_threats(net, x, y, known, args):
@@ -588,11 +591,8 @@ def evaluate_threats(net, x, y, known, args):
     last attack every image that is right without an attack, at the same positions, so that they can be compared.
     Universal frames are learned on `known` (x, y).
     """
-    sources = {"C": net}
-    if isinstance(net, ABNN):
-        sources = {"A": partial(net, detach=True), "B": net.twin, "C": net}
     rows = {"no gradient": (net, dict(steps=0))}
-    rows |= {f"{threat} {loss}": (source, dict(loss=loss)) for threat, source in sources.items()
+    rows |= {f"{threat} {loss}": (source, dict(loss=loss)) for threat, source in threat_models(net).items()
              for loss in ("ce", "margin")}
     strong = [dict(loss="margin", steps=100)] * 2 + [dict(target=goal) for goal in likeliest_wrong(net, x, y, 9)]
     clean = survivors(net, x, y, eps=0, steps=0)
@@ -655,7 +655,7 @@ def load(run, device="cpu", name="best.pt"):
         args = Args(**state["args"])
         net = build(args, state["classes"])
         net.load_state_dict(state["net"])
-    return net.to(device, memory_format=torch.channels_last).eval(), args, state
+    return data.to_device(net, device).eval(), args, state
 
 
 if __name__ == "__main__":
@@ -679,8 +679,8 @@ if __name__ == "__main__":
                substitute_width=(1, math.inf), align_weight=(0, math.inf))
     if (args.arch in ("r3d18", "conv3d")) != video:
         raise data.UserError(f"--arch {args.arch} is not for {args.dataset}: one is of images, the other of video")
-    if (args.width and args.arch == "r3d18") or (args.substitute_width and args.substitute_arch == "r3d18"):
-        raise data.UserError("r3d18 has a width of its own: leave --width and --substitute-width out")
+    if args.width and args.arch in TORCHVISION:
+        raise data.UserError(f"{args.arch} has a width of its own: leave --width out")
     if args.defense == "abnn" and not run:
         args, substitute = find_substitute(args)
     preset = {k: v for k, v in asdict(args).items() if v != getattr(given, k)}
@@ -696,7 +696,7 @@ if __name__ == "__main__":
     few = min(256, 2 * in_a_pass(x_val))  # samples to watch training with
     data.tune(False)  # no tuning yet: evaluation has batches of many sizes
     torch.manual_seed(args.seed)
-    net = (net if run else build(args, len(d.classes))).to(device, memory_format=torch.channels_last)
+    net = data.to_device(net if run else build(args, len(d.classes)), device)
     if not run and args.defense == "abnn":
         assemble(net, args, d, device, substitute)
     elif not run:
@@ -729,7 +729,7 @@ if __name__ == "__main__":
         checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
     data.announce(run_dir, net, d, info, preset)
 
-    # Training.
+    # Training. With disable=None the bar is hidden where there is no terminal.
     bar = tqdm(total=args.epochs * steps, initial=progress["epoch"] * steps, disable=distributed.rank() > 0 or None)
     for epoch in range(progress["epoch"], 0 if args.eval_only else args.epochs):
         started = time.time()
@@ -769,7 +769,7 @@ if __name__ == "__main__":
     # Final evaluation: the test split, for the first and only time.
     data.tune(False, exact=True)
     print(f"testing on {len(y_test)} {d.kind} at eps {255 * eps_test:g}/255, hundreds of steps each ...", flush=True)
-    table, others = {}, [partial(net, detach=True), net.twin] if args.defense == "abnn" else []
+    table, others = {}, [model for name, model in threat_models(net).items() if name != "C"]
     for names, state in data.checkpoints(args.eval_only or run_dir, SCRIPT):  # the best, then the last
         net.load_state_dict(state["net"])
         if not table:  # what the method is about: of the best alone
@@ -777,7 +777,7 @@ if __name__ == "__main__":
             known = data.to_float(x_val[: min(100, few)]), y_val[: min(100, few)]
             threats, warnings = evaluate_threats(net, x_test, y_test, known, args)
         row = evaluate(net, x_test, y_test, eps_test, args.norm, others)
-        table |= dict.fromkeys(names, {"epoch": state["epoch"], **row})
+        table |= dict.fromkeys(names, {"epoch": state["epoch"], **row})  # the best may be the last
     method = {"threats": threats, "warnings": warnings, "verdict": verdict(threats, len(d.classes)), "curves": curves,
               "history": state["history"], "sizes": sizes(args)}
     columns, end = ("clean", *PHYSICAL, "all"), state["epoch"] * steps

@@ -48,7 +48,7 @@ class Args:
     train_size: int | None = None  # training images, of a fixed permutation those after val_size (None: all)
     val_size: int = 1000  # validation images, held out of the training split
     test_size: int | None = None  # test images (None: all, of digits 500)
-    data_on: Literal["auto", "device", "host"] = "auto"  # where training data are; auto: host if over 60 % of a GPU
+    data_on: Literal["auto", "device", "host"] = "auto"  # where training data are kept; auto: host above 60 % of a GPU
     # --- Optimisation
     arch: Literal["preactresnet18", "wrn-34-10", "preactresnet8"] | None = None  # network
     width: int | None = None  # channels of the first stage (None: 64, 160 and 16, in the order above)
@@ -159,7 +159,11 @@ class PreActResNet(nn.Module):
 # BN_c, BN_a     DualBN.clean, DualBN.adv           clean (strength 0) and adversarial (eps_max) end of a layer
 # w_n            w                                  fusing weight of image n, in [0, 1]: 0 is BN_c, 1 is BN_a
 # f_c, f_a, f_w  net(x, 0.0), net(x, 1.0), net(x)   the network along one end, and (by default) with predicted weights
+# x_eps          stage2_attack(...)                 examples of all strengths from 0 to eps_max
 # D1, D2, ...    docs/afa.md                        our decisions where the abstract leaves the choice open
+#
+# Stage 1 trains the network: L = 1/2 CE(f_c(x), y) + 1/2 CE(f_a(x_adv), y), each BatchNorm on its own kind of data.
+# Stage 2 freezes it and trains the gate on attacks of every strength: L = CE(f_w(x_eps), y).
 
 
 def statistics(x, bn):
@@ -268,6 +272,8 @@ def stage2_attack(net, x, y, args, generator):
     The attack goes through the gate and its probe pass, so that the gate learns against an adversary who fools it too,
     and uses the margin loss: a gate soon misleads cross-entropy. A share `harden` is crafted with w frozen at 0, 1/2
     or 1, by an adversary who ignores the gate.  [D4]
+
+    At least 10 steps, each of 2.5 eps / steps: --step-size is for stage 1.
     """
     n, steps = len(x), max(args.attack_steps, 10)  # a gate soon learns what a weaker attack overlooks
     rest = n - n // 4  # the last quarter needs no attack: the batch comes in random order
@@ -309,7 +315,7 @@ def evaluate(net, x, y, eps, norm, others=(), batch_size=None):
     return {name: mask.sum().item() / len(y) for name, mask in alive.items()}
 
 
-def frozen_weights(net, args):
+def frozen_models(net, args):
     """Models to attack instead, where the gate cannot interfere: w frozen at 0, 1/2 and 1.  [D5]"""
     return [partial(net, w=w) for w in (0.0, 0.5, 1.0)] if args.bn == "dual" else []
 
@@ -333,7 +339,7 @@ def measure(net, x, y, eps, args, constant=None):
 
     `constant` (1, layers) are weights that are the same for every image, to compare predicted ones with.  [D8]
     """
-    models = {"model": net} | {f"w={m.keywords['w']:g}": m for m in frozen_weights(net, args)}
+    models = {"model": net} | {f"w={m.keywords['w']:g}": m for m in frozen_models(net, args)}
     curves = {name: robustness_curve(model, x, y, eps, args.norm) for name, model in models.items()}
     if args.bn == "dual":  # the oracle is told eps and takes the best of the three: the bar for a learned weight
         curves["oracle"] = {k: max(curves[name][k] for name in curves if name != "model") for k in curves["model"]}
@@ -369,7 +375,7 @@ def load(run, device="cpu", name="best.pt"):
         args = Args(**state["args"])
         net = build(args, state["classes"])
         net.load_state_dict(state["net"])
-    return net.to(device, memory_format=torch.channels_last).eval(), args, state
+    return data.to_device(net, device).eval(), args, state
 
 
 if __name__ == "__main__":
@@ -395,7 +401,7 @@ if __name__ == "__main__":
     x_val, y_val, x_test, y_test = data.to_float(d.val.x), d.val.y, data.to_float(d.test.x), d.test.y
     data.tune(False)  # no tuning yet: evaluation has batches of many sizes
     torch.manual_seed(args.seed)
-    net = (net if run else build(args, len(d.classes))).to(device, memory_format=torch.channels_last)
+    net = data.to_device(net if run else build(args, len(d.classes)), device)
     if args.compile:
         net.compile(dynamic=False)  # a graph for each batch size: one for all sizes would be slower
     gate = [p for name, p in net.named_parameters() if "gate." in name]
@@ -433,7 +439,7 @@ if __name__ == "__main__":
         checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
     data.announce(run_dir, net, d, info, preset)
 
-    # Training.
+    # Training. With disable=None the bar is hidden where there is no terminal.
     bar = tqdm(total=len(stages) * steps, initial=progress["epoch"] * steps, disable=distributed.rank() > 0 or None)
     for epoch in range(progress["epoch"], 0 if args.eval_only else len(stages)):
         stage, started, sums = stages[epoch], time.time(), defaultdict(float)
@@ -442,8 +448,8 @@ if __name__ == "__main__":
         for p in gate:
             p.requires_grad_(stage == 2)
         data.tune(True)  # searching for fast convolutions pays in training, with its few batch sizes
-        noise = distributed.seed(2_000_003 * args.seed + epoch)  # all randomness follows from (seed, epoch)
-        generator = torch.Generator(device).manual_seed(noise)
+        # All randomness follows from (seed, epoch); with several processes each draws noise of its own.
+        generator = torch.Generator(device).manual_seed(distributed.seed(2_000_003 * args.seed + epoch))
         for i, (x, y) in enumerate(data.batches(d.train, args.batch_size, seed=args.seed, epoch=epoch, **d.augment)):
             t = epoch - first + (i + 0.5) / steps  # epochs into the stage, at the middle of the step
             if stage == 2:
@@ -462,11 +468,11 @@ if __name__ == "__main__":
                     x_adv = pgd(partial(net, w=1.0), x, y, eps=rise * args.eps, step_size=rise * step_size,
                                 steps=args.attack_steps if args.eps else 0, norm=args.norm, generator=generator)
                     net.train()
-                    # L = 1/2 CE(f_c(x), y) + 1/2 CE(f_a(x_adv), y); with a single BatchNorm the second term alone.
+                    # Both terms of the loss; with a single BatchNorm the adversarial one alone.
                     logits = {"robust": net(x_adv, 1.0)}
                     if args.bn == "dual":
                         logits["clean"] = net(x, 0.0)
-                else:  # L = CE(f_w(x_eps), y), the only term; BatchNorm stays in eval mode
+                else:  # the only term; BatchNorm stays in eval mode
                     logits = {"fused": net(stage2_attack(net, x, y, args, generator))}
                 losses = {k: F.cross_entropy(z.float(), y) for k, z in logits.items()}
                 loss = sum(losses.values()) / len(losses)
@@ -490,10 +496,10 @@ if __name__ == "__main__":
         alive = clean if model is clean_model else survivors(model, x_val, y_val, eps=0, steps=0)
         robust = survivors(model, x_val, y_val, alive, eps=eps_test, steps=10, norm=args.norm)
         val = {k: mask.sum().item() / len(mask) for k, mask in (("clean_acc", clean), ("robust_acc", robust))}
-        score = val["robust_acc" if args.eps else "clean_acc"]
-        score = sum(val.values()) / 2 if learned else score  # AFA is for all strengths: both count  [D7]
-        if val["clean_acc"] <= majority + 0.01:  # one class for everything resists all attacks but is no classifier
-            score = 0.0
+        # AFA is for all strengths: clean and robust accuracy both count.  [D7]
+        score = sum(val.values()) / 2 if learned else val["robust_acc" if args.eps else "clean_acc"]
+        # Predicting one class for everything resists all attacks but is no classifier.
+        score = score if val["clean_acc"] > majority + 0.01 else 0.0
         x_few, y_few, step = x_val[:256], y_val[:256], (epoch + 1) * steps
         x_adv = pgd10(model, x_few, y_few, eps_test, args.norm)
         scalars |= {"charts/images_per_second": per_epoch / seconds, "charts/epoch_seconds": time.time() - started,
@@ -516,23 +522,22 @@ if __name__ == "__main__":
     # Final evaluation: the test split, for the first and only time.
     data.tune(False, exact=True)
     print(f"testing on {len(y_test)} images at eps {255 * eps_test:g}/255, hundreds of steps each ...", flush=True)
-    table, others = {}, frozen_weights(net, args) if learned else ()
+    table, others = {}, frozen_models(net, args) if learned else ()
     for names, state in data.checkpoints(args.eval_only or run_dir, SCRIPT):  # the best, then the last
         net.load_state_dict(state["net"])
         if not table:  # what the method is about: of the best alone
             constant = constant_weights(net, x_val[:256], y_val[:256], eps_test, args) if learned else None
             method = measure(net, x_test, y_test, eps_test, args, constant)
         row = evaluate(net, x_test, y_test, eps_test, args.norm, others)
-        table |= dict.fromkeys(names, {"epoch": state["epoch"], **row})
-    lines, points = [], []
+        table |= dict.fromkeys(names, {"epoch": state["epoch"], **row})  # the best may be the last
+    at, lines, points = [255 * e for e in method["strengths"]], [], []
     if learned:
         lines = [("control", *method["constant"]), ("constant w", *method["constant"].values()), (), ("mean w at eps",)]
-    for i, (e, weights) in enumerate(zip(method["strengths"], method["weight_mean"])):
-        if learned:
-            lines.append((f"{255 * e:.4g}/255", sum(weights) / len(weights)))
-            points += [(f"afa/weight/layer{layer}", w, 255 * e) for layer, w in enumerate(weights)]
-        for name, statistic in method["statistics"].items():
-            points += [(f"afa/shift_{what}/{name}", sum(s[k][i] for s in statistic["shift"]) / net.layers, 255 * e)
-                       for k, what in enumerate(("mean", "log_sd"))]  # shift: [layer][mean, log_sd][strength]
+        for e, weights in zip(at, method["weight_mean"]):
+            lines.append((f"{e:.4g}/255", sum(weights) / len(weights)))
+            points += [(f"afa/weight/layer{layer}", w, e) for layer, w in enumerate(weights)]
+    for name, statistic in method["statistics"].items():
+        for what, layers in zip(("mean", "log_sd"), zip(*statistic["shift"])):  # shift: [layer][mean, log_sd][strength]
+            points += [(f"afa/shift_{what}/{name}", sum(v) / len(v), e) for e, *v in zip(at, *layers)]
     data.publish(args, run_dir, writer, d, info, eps_test, state, table, method, lines, points)
     distributed.finish()

@@ -48,7 +48,7 @@ class Args:
     train_size: int | None = None  # training images, of a fixed permutation those after val_size (None: all)
     val_size: int = 1000  # validation images, held out of the training split
     test_size: int | None = None  # test images (None: all, of digits 500)
-    data_on: Literal["auto", "device", "host"] = "auto"  # where training data are; auto: host if over 60 % of a GPU
+    data_on: Literal["auto", "device", "host"] = "auto"  # where training data are kept; auto: host above 60 % of a GPU
     # --- Optimisation
     arch: Literal["preactresnet18", "wrn-34-10", "preactresnet8"] | None = None  # network
     width: int | None = None  # channels of the first stage (None: 64, 160 and 16, in the order above)
@@ -70,7 +70,8 @@ class Args:
     lambda_nat: float | None = None  # weight of d(S(x), T(x)) (None: likewise). Both 0: the plain base, no teacher
     distance: Literal["mse", "cosine", "normalized-mse"] = "mse"  # d; mse is a mean over batch and dimensions
     distill: Literal["features", "logits"] = "features"  # what is paired: input or output of the last layer
-    clean_pass: Literal["auto", "frozen", "update"] = "auto"  # at's extra clean pass. auto: where lambda_nat needs one
+    clean_pass: Literal["auto", "frozen", "update"] = "auto"
+    """clean pass of at. auto: where lambda_nat needs one; frozen: always; update: it moves BatchNorm's statistics"""
     teacher: str | None = None  # a run's folder or .pt file with a plain network (None: train one, or reuse it)
     teacher_arch: Literal["preactresnet18", "wrn-34-10", "preactresnet8"] | None = None  # (None: as --arch)
     teacher_width: int | None = None  # channels of its first stage (None: as --width, or its own architecture's)
@@ -164,8 +165,9 @@ class PreActResNet(nn.Module):
 # paper        here                    meaning
 # x, x'        x, x_adv                an image, and its PGD example
 # S, T         net, teacher            the network trained; the vanilla network, frozen, in eval mode
-# phi          features                pooled features, input of the last linear layer: (N, d) of S, (N, D) of T
-# z, z'        z, z_adv                logits (N, C) of S for x and x', C classes
+# phi          phi, phi_adv, phi_t     pooled features, input of the last layer: (N, d) of S for x and x', (N, D) of T
+# z, z'        z, z_adv, z_t           logits (N, C) of S for x and x', and of T for x; C classes
+# s, s', t     s, s_adv, taught        what is paired: the phi, or with `--distill logits` the logits
 # P            projection              linear map from d to D where they differ, otherwise the identity
 # beta         args.beta               weight of the base's own regulariser
 # lambda       args.lambda_adv, _nat   weights of the two pairs
@@ -208,7 +210,7 @@ def pair_distance(s, t, kind):
 def vfd_loss(s, s_adv, t, args, projection=lambda s: s):
     """L_VFD = lambda_adv d(s', t) + lambda_nat d(s, t), of phi or logits (N, D) of S(x'), S(x), T(x); unweighted terms.
 
-    A pair of weight 0 is skipped.
+    A pair of weight 0 is skipped: there may be no S(x).
     """
     pairs = {"distance_adv": (args.lambda_adv, s_adv), "distance_nat": (args.lambda_nat, s)}
     terms = {k: pair_distance(projection(v).float(), t, args.distance) for k, (weight, v) in pairs.items() if weight}
@@ -235,7 +237,7 @@ def vanilla_teacher(args, d):
     print(f"training the teacher, a vanilla {arch} of width {width}, once for all runs like this one", flush=True)
     seed = 500_000 + args.seed  # with the student's seed, it would start from the student's weights
     torch.manual_seed(seed)
-    teacher = PreActResNet(arch, width, len(d.classes)).to(d.train.y.device, memory_format=torch.channels_last)
+    teacher = data.to_device(PreActResNet(arch, width, len(d.classes)), d.train.y.device)
     if args.compile:
         teacher.compile(dynamic=False)
     optimizer = torch.optim.SGD(teacher.parameters(), args.teacher_lr, momentum=0.9, nesterov=True, fused=True,
@@ -271,7 +273,7 @@ def load_teacher(path, args, classes, device):
         teacher = PreActResNet(own["arch"], own["width"], classes)
         teacher.load_state_dict(state["net"])
     state = dict(script="teacher", args=own, classes=classes, net=state["net"])
-    return teacher.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), state
+    return data.to_device(teacher, device).eval().requires_grad_(False), state
 
 
 def compare(net, projection, teacher, x, y, eps, args):
@@ -280,7 +282,7 @@ def compare(net, projection, teacher, x, y, eps, args):
     distance: the normalised squared error. cka: linear CKA, 1 for the same up to rotation and scale (Kornblith et al.
     2019, arXiv 1905.00414).
     """
-    result, which = {}, args.distill == "features"  # the network returns (logits, features)
+    result, which = {}, 1 if args.distill == "features" else 0  # of (logits, features)
     x_adv = pgd10(net, x, y, eps, args.norm)
     with torch.no_grad():
         t = teacher(x, return_features=True)[which]
@@ -361,7 +363,7 @@ def load(run, device="cpu", name="best.pt"):
         args = Args(**state["args"])
         net = build(args, state["classes"])
         net.load_state_dict(state["net"])
-    return net.to(device, memory_format=torch.channels_last).eval(), args, state
+    return data.to_device(net, device).eval(), args, state
 
 
 if __name__ == "__main__":
@@ -374,9 +376,11 @@ if __name__ == "__main__":
         args = tyro.cli(Args, description=__doc__, default=own)  # again: flags given now override the run's own
         data.check_same(args, own, state)
     else:
-        unused = ["beta"] * (args.base == "at") + ["distill", "distance"] * (args.lambda_adv == args.lambda_nat == 0)
-        if args.teacher is not None:
+        unused = ["beta"] * (args.base == "at") + ["distance"] * (args.lambda_adv == args.lambda_nat == 0)
+        if args.teacher is not None:  # without weights its distance is measured: --distill says of what
             unused += ["teacher_arch", "teacher_width", "teacher_epochs", "teacher_lr"]
+        elif "distance" in unused:
+            unused += ["distill"]
         data.refuse_unused(args, *unused)
     preset = {**PRESETS[args.dataset][args.preset], "beta": BETA[args.base]}
     preset["lr"] *= 0.5 if args.base == "mart" else 1.0  # at the others' rate it loses classes on the way  [D8]
@@ -404,7 +408,7 @@ if __name__ == "__main__":
         args, preset = replace(args, **missing), preset | missing
     distilling = args.lambda_adv > 0 or args.lambda_nat > 0
     torch.manual_seed(args.seed)  # after the teacher: whether it was trained now or earlier makes no difference
-    net = (net if run else build(args, len(d.classes))).to(device, memory_format=torch.channels_last)
+    net = data.to_device(net if run else build(args, len(d.classes)), device)
     if distilling and args.distill == "features" and net.fc.in_features != teacher.fc.in_features:
         projection = nn.Linear(net.fc.in_features, teacher.fc.in_features).to(device)  # no part of the tested network
     if args.compile:
@@ -444,13 +448,13 @@ if __name__ == "__main__":
         checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
     data.announce(run_dir, net, d, info, preset)
 
-    # Training.
+    # Training. With disable=None the bar is hidden where there is no terminal.
     bar = tqdm(total=args.epochs * steps, initial=progress["epoch"] * steps, disable=distributed.rank() > 0 or None)
     for epoch in range(progress["epoch"], 0 if args.eval_only else args.epochs):
         started, sums = time.time(), defaultdict(float)
         data.tune(True)  # searching for fast convolutions pays in training, with its few batch sizes
-        noise = distributed.seed(2_000_003 * args.seed + epoch)  # all randomness follows from (seed, epoch)
-        generator = torch.Generator(device).manual_seed(noise)
+        # All randomness follows from (seed, epoch); with several processes each draws noise of its own.
+        generator = torch.Generator(device).manual_seed(distributed.seed(2_000_003 * args.seed + epoch))
         for i, (x, y) in enumerate(data.batches(d.train, args.batch_size, seed=args.seed, epoch=epoch, **d.augment)):
             t = epoch + (i + 0.5) / steps  # epochs, at the middle of the step
             if args.milestones:
@@ -472,8 +476,8 @@ if __name__ == "__main__":
                             loss="kl" if args.base == "trades" else "ce", generator=generator)
                 net.train()
                 # Two passes, the clean one first, as in the code of the authors of TRADES and MART. There both move
-                # the running statistics. AT has no clean pass of its own: an added one must not move them, or the
-                # statistics that it moves cost robustness, and its loss gets the blame.  [D5]
+                # the running statistics. AT has no clean pass of its own: one that the clean pair adds must not move
+                # them. Clean images in them cost robustness, which would look like an effect of the pair.  [D5]
                 z = phi = None
                 if clean_pass:
                     track_statistics(net, args.base != "at" or args.clean_pass == "update")
@@ -484,8 +488,8 @@ if __name__ == "__main__":
                 if distilling:
                     with torch.no_grad():
                         z_t, phi_t = (v.float() for v in teacher(x, return_features=True))
-                    s, s_adv, s_t = (phi, phi_adv, phi_t) if args.distill == "features" else (z, z_adv, z_t)
-                    extra, distances = vfd_loss(s, s_adv, s_t, args, projection)
+                    s, s_adv, taught = (phi, phi_adv, phi_t) if args.distill == "features" else (z, z_adv, z_t)
+                    extra, distances = vfd_loss(s, s_adv, taught, args, projection)
                     loss, terms = loss + extra, terms | distances
             optimizer.zero_grad()
             loss.backward()
@@ -537,12 +541,8 @@ if __name__ == "__main__":
             projection.load_state_dict(state["projection"])
             method = measure(net, projection, teacher, x_test, y_test, eps_test, args)
         row = evaluate(net, x_test, y_test, eps_test, args.norm, others)
-        table |= dict.fromkeys(names, {"epoch": state["epoch"], **row})
-    history = state["history"]
-    epoch = next(iter(table.values()))["epoch"]  # of the best checkpoint: a sweep chooses by its validation accuracy
-    method["history"] = history
-    if epoch:
-        method |= {k: history[k][epoch - 1] for k in ("val_clean", "val_robust")}
+        table |= dict.fromkeys(names, {"epoch": state["epoch"], **row})  # the best may be the last
+    method["history"] = state["history"]
     lines = [("test", "clean", "adversarial")]
     lines += [(f"{k}'s use", *(sum(v) / len(v) for v in row.values())) for k, row in method["usefulness"].items()]
     if teacher is not None:

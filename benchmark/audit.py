@@ -9,7 +9,7 @@ that the attack is broken, and most defences that were published and fell later 
 gradients vanish, shatter or are random (Athalye et al. 2018, arXiv 1802.00420). CHECKS looks for the traces
 that this leaves, after the list of Carlini et al. 2019 (1902.06705) and the cases of Tramer et al. 2020
 (2002.08347). To pass is no proof: an attack made for the defence at hand remains the duty of who proposes it
-(`frozen_weights` in afa.py).
+(`frozen_models` in afa.py).
 
 Two more traces go into audit.json for figures.py to draw. `steps_curve` is the accuracy against the number of
 steps: a network trained with logits pairing that looked robust to few of them fell to many (Engstrom et al.
@@ -38,7 +38,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from common import data  # noqa: E402
-from common.pgd import LOSSES, check_images, margin, module_of, pgd, survivors  # noqa: E402
+from common.pgd import LOSSES, above, check_images, margin, module_of, pgd, survivors  # noqa: E402
 
 CHECKS = {  # and what it means when one does not pass
     "falls with eps": "accuracy that rises with eps, or is left at an eps of 0.5: the attack fails",
@@ -200,11 +200,6 @@ def loss_surface(net, x, y, gradient, eps, norm, batch_size, points=21, seed=0):
     loss = [F.cross_entropy(logits_of(net, (x[i] + a * g[i] + b * r[i]).clamp(0, 1), batch_size),
                             y[i].expand(points**2), reduction="none") for i in range(len(x))]  # fmt: skip
     return torch.stack(loss).view(len(x), points, points).nan_to_num(0, 1e9, 0)
-
-
-def above(a, b):
-    """Is accuracy `a` above `b` (masks of the same images) by more than two standard errors?"""
-    return (a.sum() - b.sum()).item() > 2 * (a != b).sum().item() ** 0.5
 
 
 def allowed_drift(accuracy, n):
@@ -567,7 +562,7 @@ def main():
     if a.norm not in (None, args.norm) and eps is None:
         raise data.UserError(f"--norm {a.norm} is not the run's own, and needs an --eps: in l2 128/255 is customary")
     eps, norm = eps or args.eps or 8 / 255, a.norm or args.norm
-    others = getattr(script, "frozen_weights", lambda *_: [])(net, args)
+    others = getattr(script, "frozen_models", lambda *_: [])(net, args)
     print(f"{run}: {script.__name__} on {d.name}, first {len(y)} of {len(d.test.y)} test images, {norm} "
           f"{pixels(eps, norm)}, {device}")  # fmt: skip
     own = script.evaluate(net, x, y, eps, norm, others, a.batch_size)["worst"]

@@ -105,8 +105,9 @@ def rows(run, validation=False):
     rest["command"] = shlex.join([*words[:k], Path(words[k]).name, *words[k + 1 :]])
     eps, method = {"eps": round(255 * results["eps"], 6)}, results.get("method", {})
     if validation:
-        row = {k: method[k] for k in ("val_clean", "val_robust")}
-        yield {**shared, "checkpoint": "best", "epoch": results["checkpoints"]["best"]["epoch"], **row, **eps,
+        epoch = results["checkpoints"]["best"]["epoch"]
+        row = {k: method["history"][k][epoch - 1] for k in ("val_clean", "val_robust")}
+        yield {**shared, "checkpoint": "best", "epoch": epoch, **row, **eps,
                **{k: v for k, v in rest.items() if k != "evaluated"}}
     else:
         for name, row in results["checkpoints"].items():

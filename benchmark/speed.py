@@ -261,8 +261,7 @@ class Floor:
         _, _, self.batches, self.attacked, others = ROWS[row]
         self.args, self.device = names["args"], names["device"]
         self.mode = "bf16" if self.args.bf16 else "fp32"
-        self.net = names["build"](self.args, len(names["d"].classes))
-        self.net.to(self.device, memory_format=torch.channels_last)
+        self.net = data.to_device(names["build"](self.args, len(names["d"].classes)), self.device)
         self.params = [p for p in self.net.parameters() if p.requires_grad]
         self.optimizer = idle_optimizer(self.net)
         self.others = [self.net if name == "net" else names[name] for name in others]

@@ -373,6 +373,12 @@ def device(name):
         raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
 
 
+def to_device(net, device):
+    """`net` on the device, in channels_last: the memory format in which convolutions are fastest, and x is."""
+    video = any(p.ndim == 5 for p in net.parameters())
+    return net.to(device, memory_format=torch.channels_last_3d if video else torch.channels_last)
+
+
 def tune(training, exact=False):
     """Search for the fastest convolutions and run compiled graphs in training, whose batches have few sizes. Elsewhere
     each size, precision and flag would cost another search, of seconds, and another graph, of minutes.
@@ -693,6 +699,22 @@ def _download(what, data_dir, name, archive, fetch):
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{what} is not in {data_dir.resolve()} and its download failed ({reason}); put "
                         "the files there yourself or name their folder with --data-dir") from None  # fmt: skip
+
+
+@contextmanager
+def downloading(weights, flag, instead):
+    """torchvision downloads its `weights`, of this name, in here: the first process, then the others find them. Raises
+    UserError with the `flag` that wants them, where to put them, and what to do `instead`."""
+    try:
+        with distributed.first_alone():
+            yield
+    except Exception as error:  # network and disk errors have no common base class here
+        from torchvision.models import get_weight  # here, as in environment
+
+        url = get_weight(weights).url
+        path = Path(torch.hub.get_dir(), "checkpoints", url.split("/")[-1])
+        raise UserError(f"the weights of {flag} cannot be downloaded ({type(error).__name__}: {error}): put {url} at "
+                        f"{path}, or {instead}") from None  # fmt: skip
 
 
 def _read_cifar(data_dir, dataset, label_key, names_key):

@@ -274,6 +274,11 @@ def survivors(model, x, y, alive=None, *, eps, steps, step_size=None, relative_s
     return alive
 
 
+def above(a, b):
+    """Is accuracy `a` above `b` (masks of the same images) by more than two standard errors?"""
+    return (a.sum() - b.sum()).item() > 2 * (a != b).sum().item() ** 0.5
+
+
 def pgd10(model, x, y, eps, norm="linf"):
     """PGD-10 without a random start: examples to watch a network with, the same each time."""
     return pgd(model, x, y, eps=eps, step_size=eps / 4, steps=10, norm=norm, random_start=False)

@@ -207,6 +207,8 @@ def test_conflict_weight_is_the_largest_that_is_not_overemphasised():
         assert w[i].item() == pytest.approx(allowed.max().item(), abs=1e-3)
         kinds.add("whole" if w[i] == 1 else "less")
     assert kinds == {"whole", "less"}  # or half of it would be untested
+    sure = torch.tensor([[200.0, 0.0, 0.0]])  # cross-entropy has no gradient here: nothing to work against
+    assert aalp.sample_weights(sure, -sure, torch.tensor([0]), args).item() == 1
 
 
 def test_with_the_conflict_weight_nothing_counts_as_overemphasised():

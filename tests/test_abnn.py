@@ -1,8 +1,10 @@
 """ABNN's layer, threat models and attacks against slow, independent versions; whole runs on images."""
 
+import copy
 import json
 import shutil
 import signal
+from collections import defaultdict
 from dataclasses import replace
 from functools import partial
 
@@ -102,7 +104,7 @@ def test_layer_starts_with_gamma_around_one_and_beta_around_zero_equalised_or_no
     for equalised in (True, False):
         torch.manual_seed(0)
         layer = abnn.AdaptiveBN(2000, (8, 4, 4), "flat", "sample", equalised).eval()
-        gamma, beta = F.linear(layer.scale * s.flatten(1), layer.weight, layer.bias).chunk(2, 1)
+        gamma, beta = F.linear(layer.factor * s.flatten(1), layer.weight, layer.bias).chunk(2, 1)
         assert abs(gamma.mean() - 1) < 0.15 and abs(beta.mean()) < 0.15
         assert gamma.std().item() == pytest.approx(2**0.5, rel=0.2)  # twice the mean square of f
         out.append(layer(z[:1], s))
@@ -115,7 +117,7 @@ def test_an_equalised_map_moves_by_two_over_d_of_what_the_other_does():
         torch.manual_seed(0)
         layer = abnn.AdaptiveBN(5, (8, 4, 4), "flat", "sample", equalised).eval()
         (grad,) = torch.autograd.grad(layer(z, s).square().sum(), layer.weight)
-        moved.append(layer.scale * grad)  # of A as it acts, by a step of SGD of rate 1
+        moved.append(layer.factor * grad)  # of A as it acts, by a step of SGD of rate 1
     torch.testing.assert_close(moved[0], 2 / 128 * moved[1], rtol=1e-3, atol=1e-3)
 
 
@@ -142,6 +144,16 @@ def test_groups_are_the_network():
                 out = group(out)
             assert len(groups) == (4 if arch in ("preactresnet8", "wrn-34-10") else 5)
             torch.testing.assert_close(head(out), net(images))
+
+
+def test_a_deep_copy_has_nothing_of_the_original(kind):
+    args, x, _ = kind
+    net = make(args)
+    twin, before = copy.deepcopy(net), net(x)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.zero_()
+    assert not twin(x).any() and same(dict(a=net(x)), dict(a=before))
 
 
 def test_gradients_reach_the_input_through_both_networks_in_c_and_through_the_target_in_a(kind):
@@ -420,6 +432,19 @@ def test_substitutes_are_kept_and_a_damaged_file_is_refused(tiny, runs, capsys, 
     assert status == 2 and "is not a checkpoint" in error and "\n" not in error
 
 
+def test_changed_images_have_another_clean_network(monkeypatch, tmp_path):
+    trained = []
+    monkeypatch.setattr(abnn, "train_epoch", lambda *args: trained.append(args) or defaultdict(float))
+    args = replace(ARGS, runs_dir=str(tmp_path), train_size=50, val_size=10, test_size=5, clean_epochs=1)
+    d = data.load_as(args, "cpu")
+    for _ in range(2):
+        abnn.clean_network(args, d, "cpu")
+    assert len(trained) == 1
+    d.train.x[0, 0, 0] ^= 1
+    abnn.clean_network(args, d, "cpu")
+    assert len(trained) == 2
+
+
 def test_a_run_starts_from_the_clean_target_and_a_run_can_be_the_substitute(tiny, runs):
     plain, _ = finished_in_process(TINY + " --defense none", runs, "abnn.py")
     run, output = finished_in_process(f"{TINY} --epochs 1 --substitute {plain} --statistics channel "
@@ -484,6 +509,7 @@ REFUSED = {
     "--substitute digits": "--substitute digits is not for digits",
     "--substitute kinetics": "does not fit digits: one is of images",
     "--substitute imagenet --substitute-width 8": "leave them out",
+    "--arch preactresnet18 --substitute-arch resnet18 --substitute-width 8": "resnet18 has a width of its own",
     "--substitute imagenet": "S (resnet18) has 5 groups and T (preactresnet8) has 4",
     "--substitute /nowhere": "there is no checkpoint /nowhere",
     "--substitute-arch preactresnet18": "choose two architectures with the same number",

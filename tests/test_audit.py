@@ -362,7 +362,7 @@ def load(run, device):
     return net.to(device).eval(), SimpleNamespace(
         dataset="digits", data_dir="data", data_on="auto", train_size=500, val_size=9, test_size=50,
         eps=2 / 255, norm="linf")
-def frozen_weights(net, args):
+def frozen_models(net, args):
     return [net]
 """
 

@@ -242,7 +242,7 @@ def make_vfd(folder, weight=0.64, teacher=True, epochs=3, checkpoint=False, accs
     data.save(folder / "args.json", dict(script="vfd_adv", dataset="digits", seed=seed, args=args))
     history = {"val_clean": [accs[0]] * epochs, "val_robust": [accs[1]] * epochs}
     useful = {"student": {"clean": [0.2, 0.6, 0.4], "adv": [0.1 + weight / 10, 0.3, -0.1]}}
-    method = {"curves": {"model": GRID}, "val_clean": accs[0], "val_robust": accs[1]}
+    method = {"curves": {"model": GRID}}
     if teacher:
         keys = ("cka_clean", "distance_clean", "cka_adv", "distance_adv")
         history |= {k: [0.1 + i / 10 + e / 100 + weight / 10 for e in range(epochs)] for i, k in enumerate(keys)}

@@ -435,7 +435,8 @@ REFUSED = {
     "--beta 6": "--beta would do nothing here: leave it out",
     "--teacher a --teacher-width 8": "--teacher-width would do nothing here",
     "--teacher a --teacher-epochs 9": "--teacher-epochs would do nothing here",
-    "--lambda-adv 0 --lambda-nat 0 --distance cosine --distill logits": "--distill, --distance would do nothing here",
+    "--lambda-adv 0 --lambda-nat 0 --distance cosine --distill logits": "--distance, --distill would do nothing here",
+    "--lambda-adv 0 --lambda-nat 0 --distance cosine --distill logits --teacher t": "--distance would do nothing here",
     "--teacher-epochs 0": "--teacher-epochs must be at least 1",
     "--teacher-width 0": "--teacher-width must be at least 1",
     "--base trades --clean-pass update": "--clean-pass is for --base at: trades has a clean pass of its own",
@@ -473,8 +474,6 @@ def test_a_run_leaves_what_the_docs_promise(tiny):
     assert set(method["history"]) == seen | {"val_clean", "val_robust"}
     assert all(len(v) == 2 for v in method["history"].values())
     epoch = results["checkpoints"]["best"]["epoch"]
-    for k in ("val_clean", "val_robust"):
-        assert method[k] == method["history"][k][epoch - 1]
     scores = [robust * (clean > names["majority"] + 0.01)  # an epoch of one class for everything does not count
               for clean, robust in zip(method["history"]["val_clean"], method["history"]["val_robust"])]
     assert scores[epoch - 1] == max(scores)

@@ -14,7 +14,7 @@ What stands between a marker and `<!-- end -->` belongs to this program:
     <!-- cost: speed_abnn -->            milliseconds a step, from results/speed_abnn.json of benchmark/speed.py
     <!-- ratio: speed_abnn; A; B -->     A over B of these, inside a sentence or a row
     <!-- scale: scale -->                samples a second and memory of the runs in results/scale.csv
-    <!-- sweep: vfd_adv_sweep digits --> robust validation accuracy by lambda and base
+    <!-- sweep: vfd_adv_sweep digits --> validation accuracy, clean and robust, by lambda and base
     <!-- summary: digits -->             the rows of SUMMARY, of all methods; also `cifar10 reduced`
     <!-- value: afa digits; AFA; worst -->   one number, inside a sentence or a row
 
@@ -68,7 +68,7 @@ COLUMNS = [*"worst clean fgsm pgd20 pgd50_margin targeted transfer".split(), "co
 ATTACKERS = ("worst", "A ce", "A margin", "B ce", "B margin", "C ce", "C margin", "C strong", "no gradient")
 ATTACKS = ("clean", "pgd", "roa", "roa_search", "af", "af_universal", "spa", "all")
 NOT_FRACTIONS = ("n50", "n90", "cka", "distance", "usefulness", "sample_weight", "weight@", "weight_sd@")
-LAMBDA_0 = 6.4  # D/C of the embedded data: 64 features, ten classes
+LAMBDA_0 = 6.4  # D/C of the embedded data and of reduced CIFAR-10: 64 features, ten classes
 
 
 def flags_of(setting):
@@ -195,12 +195,14 @@ def sweep(source):
         weight, base = (re.search(rf"--{flag} (\S+)", rows[0]["setting"]) for flag in ("lambda-adv", "base"))
         if not weight:
             continue
-        found[float(weight[1]), base[1].upper() if base else "AT"] = cell(rows, "val_robust")
-    bases = list(dict.fromkeys(base for _, base in found if base == "AT")) + sorted(
-        {base for _, base in found} - {"AT"}, reverse=True)
-    lines = [[f"{weight:g}", f"{weight / LAMBDA_0:g}", *(found.get((weight, base), "") for base in bases)]
+        base = base[1].upper() if base else "AT"
+        for column in ("clean", "robust"):
+            found[float(weight[1]), f"{base}, {column}"] = cell(rows, f"val_{column}")
+    order = [f"{base}, {column}" for base in ("AT", "TRADES", "MART") for column in ("clean", "robust")]
+    shown = [column for column in order if any(column == c for _, c in found)]
+    lines = [[f"{weight:g}", f"{weight / LAMBDA_0:g}", *(found.get((weight, column), "") for column in shown)]
              for weight in sorted({weight for weight, _ in found})]
-    return grid(["lambda (both)", "in units of lambda_0", *bases], lines)
+    return grid(["lambda (both)", "in units of lambda_0", *shown], lines)
 
 
 def summary(source):

@@ -349,13 +349,15 @@ if __name__ == "__main__":
     preset = {**PRESETS[args.dataset][args.preset], **METHODS[args.method]}  # a method's own value goes first
     preset = {k: v for k, v in preset.items() if getattr(args, k) is None}
     args = replace(args, **preset)
-    if args.guided_dropout == "none" and not run:
-        data.refuse_unused(args, "dropout_ratio", "dropout_prob", "dropout_label")
+    if not run:
+        unused = ["step_size"] * (args.eps == 0) + ["dropout_ratio", "dropout_prob"] * (args.guided_dropout == "none")
+        unused += ["dropout_label"] * (args.guided_dropout in ("none", "random"))
+        data.refuse_unused(args, *unused)
     data.check(args, pairing_weight=(0, math.inf), dropout_ratio=(0, 1), dropout_prob=(0, 1))
 
     # Data, network, optimiser.
     device = data.device(args.device)
-    d = data.load_as(args, device)
+    d = data.load_as(args, device, state=state if run else None)
     x_val, y_val, x_test, y_test = data.to_float(d.val.x), d.val.y, data.to_float(d.test.x), d.test.y
     data.tune(False)  # no tuning yet: evaluation has batches of many sizes
     torch.manual_seed(args.seed)
@@ -368,7 +370,7 @@ if __name__ == "__main__":
     steps = data.steps_per_epoch(len(d.train.y), args.batch_size, shared=not args.eval_only)
     per_epoch = steps * min(args.batch_size, len(d.train.y))  # images
     majority = y_val.bincount().max().item() / len(y_val)
-    eps_test = args.eps or 8 / 255  # an undefended network is tested like the others
+    eps_test = args.eps or (8 / 255 if args.norm == "linf" else 128 / 255)  # for an undefended network
 
     # The run's folder.
     progress = dict(epoch=0, best=-1.0, train_seconds=0.0, history={})
@@ -379,8 +381,9 @@ if __name__ == "__main__":
         run_dir = data.new_folder(args.runs_dir, f"{d.name}__{SCRIPT}__{args.seed}__{int(time.time())}")
 
     def checkpoint(name):
-        data.save(run_dir / name, dict(script=SCRIPT, args=asdict(args), classes=len(d.classes), net=net.state_dict(),
-                                       processes=distributed.world(), optimizer=optimizer.state_dict(), **progress))
+        data.save(run_dir / name, dict(script=SCRIPT, args=asdict(args), data=d.name, classes=len(d.classes),
+                                       processes=distributed.world(), net=net.state_dict(),
+                                       optimizer=optimizer.state_dict(), **progress))
 
     info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, **data.environment(device))
     Writer = distributed.Silent if distributed.rank() or args.eval_only else SummaryWriter

@@ -460,7 +460,7 @@ def clean_network(args, d, device):
     kept = ("arch", "width", "epochs", "batch_size", "lr", "milestones", "weight_decay", "train_size", "val_size",
             "bf16", "frames", "split", "seed")  # all that changes the network, beside the data
     key = {"data": d.name, "start": start, **{k: getattr(args, k) for k in kept}}
-    content = d.train if d.kind == "images" else ()  # clips are too many bytes to read for this
+    content = (d.train.y, d.train.x if d.kind == "images" else d.train.x[:64])  # all clips would be many bytes to read
     path = data.cache_file(args.runs_dir, "substitutes", f"{d.name}__{args.arch}__{args.seed}", key, content)
     if distributed.agree(path.exists()):
         return load(path, device)[0]
@@ -584,6 +584,11 @@ def threat_models(net):
     return {"A": partial(net, detach=True), "B": net.twin, "C": net} if isinstance(net, ABNN) else {"C": net}
 
 
+def transfer_models(net, args):
+    """What the column `transfer` is crafted on, in the test and in benchmark/audit.py."""
+    return [model for name, model in threat_models(net).items() if name != "C"]
+
+
 def evaluate_threats(net, x, y, known, args):
     """Accuracies {row: {attack: accuracy}} and warnings; x are floats or uint8.  [D7]
 
@@ -668,7 +673,7 @@ if __name__ == "__main__":
         args = tyro.cli(Args, description=__doc__, default=own)  # again: flags given now override the run's own
         data.check_same(args, own, state, free_in_test=["attack_strength"])
     given, video = args, args.dataset in data.VIDEO
-    unused = ["frames", "split"] * (not video)
+    unused = ["frames", "split"] * (not video) + ["step_size"] * (args.defense != "at")
     if args.defense != "abnn":
         unused += ["substitute", "substitute_arch", "substitute_width", "statistics", "moments", "equalised",
                    "align_weight"]
@@ -687,7 +692,7 @@ if __name__ == "__main__":
 
     # Data, network, optimiser.
     device = data.device(args.device)
-    d = data.load_as(args, device)
+    d = data.load_as(args, device, state=state if run else None)
     # Both stay uint8; floats are made of a few at a time: of all ucf101 test clips they would take up to 23 GB.
     x_val, y_val = d.val
     if video:
@@ -718,8 +723,9 @@ if __name__ == "__main__":
         run_dir = data.new_folder(args.runs_dir, f"{d.name}__{SCRIPT}__{args.seed}__{int(time.time())}")
 
     def checkpoint(name):
-        data.save(run_dir / name, dict(script=SCRIPT, args=asdict(args), classes=len(d.classes), net=net.state_dict(),
-                                       processes=distributed.world(), optimizer=optimizer.state_dict(), **progress))
+        data.save(run_dir / name, dict(script=SCRIPT, args=asdict(args), data=d.name, classes=len(d.classes),
+                                       processes=distributed.world(), net=net.state_dict(),
+                                       optimizer=optimizer.state_dict(), **progress))
 
     info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, **data.environment(device))
     Writer = distributed.Silent if distributed.rank() or args.eval_only else SummaryWriter
@@ -769,7 +775,7 @@ if __name__ == "__main__":
     # Final evaluation: the test split, for the first and only time.
     data.tune(False, exact=True)
     print(f"testing on {len(y_test)} {d.kind} at eps {255 * eps_test:g}/255, hundreds of steps each ...", flush=True)
-    table, others = {}, [model for name, model in threat_models(net).items() if name != "C"]
+    table, others = {}, transfer_models(net, args)
     for names, state in data.checkpoints(args.eval_only or run_dir, SCRIPT):  # the best, then the last
         net.load_state_dict(state["net"])
         if not table:  # what the method is about: of the best alone

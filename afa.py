@@ -320,6 +320,11 @@ def frozen_models(net, args):
     return [partial(net, w=w) for w in (0.0, 0.5, 1.0)] if args.bn == "dual" else []
 
 
+def transfer_models(net, args):
+    """What the column `transfer` is crafted on, in the test and in benchmark/audit.py."""
+    return frozen_models(net, args) if args.fusion == "learned" else []
+
+
 @torch.no_grad()
 def fusing_weights(net, x):
     """The predicted weights of images (N, 3, H, W), (N, layers), with either kind of gate."""
@@ -365,7 +370,8 @@ def measure(net, x, y, eps, args, constant=None):
             "shift": [(v - v[0]).norm(dim=2).T.tolist() for v in layers]}  # [layer][mean, log_sd][strength]
         if name == "model":
             w = [torch.stack([torch.as_tensor(w).expand(len(x)) for _, w in record], 1) for record in records]
-            result |= {"weight_mean": [v.mean(0).tolist() for v in w], "weight_sd": [v.std(0).tolist() for v in w]}
+            result["weight_mean"] = [v.mean(0).tolist() for v in w]
+            result["weight_sd"] = [v.std(0, correction=int(len(x) > 1)).tolist() for v in w]
     return result
 
 
@@ -387,17 +393,18 @@ if __name__ == "__main__":
         net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
         args = tyro.cli(Args, description=__doc__, default=own)  # again: flags given now override the run's own
         data.check_same(args, own, state)
-    if not run and (args.bn == "single" or args.fusion != "learned"):
-        data.refuse_unused(args, *["fusion"] * (args.bn == "single"), "gate", "gate_epochs", "gate_lr", "harden",
-                           "finetune")
+    learned = args.bn == "dual" and args.fusion == "learned"
+    if not run:
+        unused = ["step_size"] * (args.eps == 0) + ["fusion"] * (args.bn == "single")
+        unused += ["gate", "gate_epochs", "gate_lr", "harden", "finetune"] * (not learned)
+        data.refuse_unused(args, *unused)
     preset = {k: v for k, v in PRESETS[args.dataset][args.preset].items() if getattr(args, k) is None}
     args = replace(args, **preset)
-    learned = args.bn == "dual" and args.fusion == "learned"
     data.check(args, gate_epochs=(int(learned), math.inf), gate_lr=(1e-9, math.inf), harden=(0, 1), fusion=(0, 1))
 
     # Data, network, optimisers.
     device = data.device(args.device)
-    d = data.load_as(args, device)
+    d = data.load_as(args, device, state=state if run else None)
     x_val, y_val, x_test, y_test = data.to_float(d.val.x), d.val.y, data.to_float(d.test.x), d.test.y
     data.tune(False)  # no tuning yet: evaluation has batches of many sizes
     torch.manual_seed(args.seed)
@@ -415,7 +422,7 @@ if __name__ == "__main__":
     steps = data.steps_per_epoch(len(d.train.y), args.batch_size, shared=not args.eval_only)
     per_epoch = steps * min(args.batch_size, len(d.train.y))  # images
     majority = y_val.bincount().max().item() / len(y_val)
-    eps_test = args.eps or 8 / 255  # an undefended network is tested like the others
+    eps_test = args.eps or (8 / 255 if args.norm == "linf" else 128 / 255)  # for an undefended network
 
     # The run's folder.
     progress = dict(epoch=0, best=-1.0, train_seconds=0.0)
@@ -427,8 +434,8 @@ if __name__ == "__main__":
         run_dir = data.new_folder(args.runs_dir, f"{d.name}__{SCRIPT}__{args.seed}__{int(time.time())}")
 
     def checkpoint(name):
-        data.save(run_dir / name, dict(script=SCRIPT, args=asdict(args), classes=len(d.classes), net=net.state_dict(),
-                                       processes=distributed.world(),
+        data.save(run_dir / name, dict(script=SCRIPT, args=asdict(args), data=d.name, classes=len(d.classes),
+                                       processes=distributed.world(), net=net.state_dict(),
                                        optimizers={k: o.state_dict() for k, o in optimizers.items()}, **progress))
 
     info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, **data.environment(device))
@@ -522,7 +529,7 @@ if __name__ == "__main__":
     # Final evaluation: the test split, for the first and only time.
     data.tune(False, exact=True)
     print(f"testing on {len(y_test)} images at eps {255 * eps_test:g}/255, hundreds of steps each ...", flush=True)
-    table, others = {}, frozen_models(net, args) if learned else ()
+    table, others = {}, transfer_models(net, args)
     for names, state in data.checkpoints(args.eval_only or run_dir, SCRIPT):  # the best, then the last
         net.load_state_dict(state["net"])
         if not table:  # what the method is about: of the best alone

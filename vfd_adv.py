@@ -376,7 +376,8 @@ if __name__ == "__main__":
         args = tyro.cli(Args, description=__doc__, default=own)  # again: flags given now override the run's own
         data.check_same(args, own, state)
     else:
-        unused = ["beta"] * (args.base == "at") + ["distance"] * (args.lambda_adv == args.lambda_nat == 0)
+        unused = ["step_size"] * (args.eps == 0) + ["beta"] * (args.base == "at")
+        unused += ["distance"] * (args.lambda_adv == args.lambda_nat == 0)
         if args.teacher is not None:  # without weights its distance is measured: --distill says of what
             unused += ["teacher_arch", "teacher_width", "teacher_epochs", "teacher_lr"]
         elif "distance" in unused:
@@ -393,7 +394,7 @@ if __name__ == "__main__":
 
     # Data, teacher, network, optimiser.
     device = data.device(args.device)
-    d = data.load_as(args, device)
+    d = data.load_as(args, device, state=state if run else None)
     x_val, y_val, x_test, y_test = data.to_float(d.val.x), d.val.y, data.to_float(d.test.x), d.test.y
     data.tune(False)  # no tuning yet: evaluation has batches of many sizes
     teacher, projection = None, nn.Identity()
@@ -422,7 +423,7 @@ if __name__ == "__main__":
     per_epoch = steps * min(args.batch_size, len(d.train.y))  # images
     majority = y_val.bincount().max().item() / len(y_val)
     clean_pass = args.base != "at" or args.lambda_nat > 0 or args.clean_pass != "auto"
-    eps_test = args.eps or 8 / 255  # an undefended network is tested like the others
+    eps_test = args.eps or (8 / 255 if args.norm == "linf" else 128 / 255)  # for an undefended network
 
     # The run's folder.
     progress = dict(epoch=0, best=-1.0, train_seconds=0.0, history={})
@@ -436,8 +437,9 @@ if __name__ == "__main__":
             data.save(run_dir / "teacher.pt", teacher_state)  # resuming needs it, and the cache may be emptied
 
     def checkpoint(name):
-        state = dict(script=SCRIPT, args=asdict(args), classes=len(d.classes), processes=distributed.world(),
-                     net=net.state_dict(), optimizer=optimizer.state_dict(), projection=projection.state_dict())
+        state = dict(script=SCRIPT, args=asdict(args), data=d.name, classes=len(d.classes),
+                     processes=distributed.world(), net=net.state_dict(), optimizer=optimizer.state_dict(),
+                     projection=projection.state_dict())
         data.save(run_dir / name, state | progress)
 
     info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, **data.environment(device))

@@ -9,7 +9,7 @@ that the attack is broken, and most defences that were published and fell later 
 gradients vanish, shatter or are random (Athalye et al. 2018, arXiv 1802.00420). CHECKS looks for the traces
 that this leaves, after the list of Carlini et al. 2019 (1902.06705) and the cases of Tramer et al. 2020
 (2002.08347). To pass is no proof: an attack made for the defence at hand remains the duty of who proposes it
-(`frozen_models` in afa.py).
+(`transfer_models` in a script).
 
 Two more traces go into audit.json for figures.py to draw. `steps_curve` is the accuracy against the number of
 steps: a network trained with logits pairing that looked robust to few of them fell to many (Engstrom et al.
@@ -19,6 +19,7 @@ masked, it rises evenly along the gradient's sign, and more than along random si
 
 import importlib
 import json
+import os
 import shlex
 import sys
 import time
@@ -392,7 +393,7 @@ def audit(net, x, y, eps=8 / 255, norm="linf", *, quick=False, train=None, surro
         if blocked is None:
             # A larger ball holds the smaller one. In the ball of 0.5 (L2: half the diagonal of the box) every
             # image can become the same grey, and an attack that works leaves nothing.
-            grid = [eps * f for f in (0.25, 0.5, 1, 2, 4, 8)]
+            grid = [min(eps * f, 1.0) if norm == "linf" else eps * f for f in (0.25, 0.5, 1, 2, 4, 8)]
             grid.append(0.5 if norm == "linf" else 0.5 * x[0].numel() ** 0.5)
             balls = [clean, *(by(eps=e, steps=20)(clean) for e in grid)]
             rises = any(above(b, a) for a, b in zip(balls[:-2], balls[1:-1], strict=True))
@@ -542,15 +543,19 @@ def main():
         eps = None if a.eps is None else float(Fraction(a.eps))
     except (ValueError, ZeroDivisionError):
         raise data.UserError(f"--eps {a.eps} is not a number such as 8/255") from None
-    if eps is not None and (eps <= 0 or a.norm != "l2" and eps > 1):
-        hint = f": did you mean {a.eps}/255?" * (eps > 0)
-        raise data.UserError(f"--eps {a.eps} is outside (0, 1], the range of a pixel{hint}")
     if a.batch_size < 1 or a.n is not None and a.n < 1:
         raise data.UserError("--batch-size and --n must be at least 1")
+    folder = run if run.is_dir() else run.parent
+    if not os.access(folder, os.W_OK):
+        raise data.UserError(f"{folder} cannot be written to: copy it to where that is possible, and name the copy")
     device = data.device(a.device)
     torch.backends.cudnn.allow_tf32 = False  # rounding to 10 bits would show up as false gradients
-    net, args, *_ = script.load(a.run, device)
-    d = data.load_as(args, device, a.data_dir)
+    net, args, state = script.load(a.run, device)
+    norm = a.norm or args.norm
+    if eps is not None and (eps <= 0 or norm == "linf" and eps > 1):
+        hint = f": did you mean {a.eps}/255?" * (eps > 0)
+        raise data.UserError(f"--eps {a.eps} is outside (0, 1], the range of a pixel{hint}")
+    d = data.load_as(args, device, a.data_dir, {"classes": state["classes"]})
     n = a.n or (QUICK if a.quick else FULL)["n"]
     video = args.dataset in data.VIDEO
     x, y = d.test.x[:n], d.test.y[:n]
@@ -561,8 +566,10 @@ def main():
     x = data.to_float(x)
     if a.norm not in (None, args.norm) and eps is None:
         raise data.UserError(f"--norm {a.norm} is not the run's own, and needs an --eps: in l2 128/255 is customary")
-    eps, norm = eps or args.eps or 8 / 255, a.norm or args.norm
-    others = getattr(script, "frozen_models", lambda *_: [])(net, args)
+    eps = eps or args.eps or (8 / 255 if norm == "linf" else 128 / 255)  # as the scripts test an undefended network
+    others = [] if video else getattr(script, "transfer_models", lambda *_: [])(net, args)
+    if (teacher := folder / "teacher.pt").exists():
+        others = [script.load_teacher(teacher, args, len(d.classes), device)[0]]
     print(f"{run}: {script.__name__} on {d.name}, first {len(y)} of {len(d.test.y)} test images, {norm} "
           f"{pixels(eps, norm)}, {device}")  # fmt: skip
     own = script.evaluate(net, x, y, eps, norm, others, a.batch_size)["worst"]
@@ -571,7 +578,7 @@ def main():
                    train=(data.to_float(x_train), d.train.y[: len(x_train)]), batch_size=a.batch_size,
                    others=others, log=partial(print, flush=True))  # fmt: skip
     about = dict(script=script.__name__, dataset=d.name, checkpoint="best.pt" if run.is_dir() else run.name,
-                 command=shlex.join(["python", *sys.argv]), torch=torch.__version__)  # fmt: skip
+                 epoch=state["epoch"], command=shlex.join(["python", *sys.argv]), torch=torch.__version__)  # fmt: skip
     path = run / "audit.json" if run.is_dir() else run.with_name(f"audit_{run.stem}.json")
     data.save(path, {**about, **result, "script_worst": own})
 

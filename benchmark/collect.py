@@ -7,6 +7,7 @@ typed in. Rows that are in the csv already are kept, and replaced where the same
 """
 
 import csv
+import fcntl
 import importlib
 import json
 import os
@@ -39,7 +40,10 @@ def setting(script, info):
     usual = {**vars(module.Args()), **module.PRESETS[args["dataset"]][args["preset"]]}
     usual |= getattr(module, "METHODS", {}).get("alp" if args.get("control_of") else args.get("method"), {})
     usual = json.loads(json.dumps(usual))  # as args.json has it: a tuple is a list
-    skipped = NOT_A_SETTING | set(info.get("preset", []))  # what a script says that it filled in by itself
+    # What a script says that it filled in by itself, unless it does so with another value now.
+    filled = {k for k in info.get("preset", []) if args[k] is None or usual.get(k) is None or args[k] == usual[k]}
+    filled |= {"lr"} & set(info.get("preset", []) if args.get("base") == "mart" else [])  # half of the preset's
+    skipped = NOT_A_SETTING | filled
     # A flag of an earlier version, gone since, is part of the name where it was on.
     changed = {k: v for k, v in args.items() if k not in skipped and v != usual.get(k, False)}
     if changed.get("control_of"):  # the folder, and the weight that comes from it, are another with each seed
@@ -73,13 +77,17 @@ def measured(method):
     return columns | method.get("test", {}) | method.get("distance", {})
 
 
-def audited(run):
+def audited(run, results, args):
     """What benchmark/audit.py has left of the best checkpoint, on how many images, what the script's own attacks leave
-    of these, and what it warned of."""
+    of these, and what it warned of. Nothing where it was at another eps or norm, or of another epoch."""
     path = Path(run) / "audit.json"
     if not path.exists():
         return {}
-    found = json.loads(path.read_text())
+    found, best = json.loads(path.read_text()), results["checkpoints"]["best"]["epoch"]
+    if (round(255 * found["eps"], 4), found["norm"], found.get("epoch", best)) != (
+            round(255 * results["eps"], 4), args["norm"], best):  # fmt: skip
+        print(f"warning: {path} is at another eps or norm, or of another epoch, and left out", file=sys.stderr)
+        return {}
     mode = "quick" if found["quick"] else "full" if found["autoattack"] is not None else "without AutoAttack"
     return {"audit": found["worst"], "audit_mode": mode, "audit_evaluated": found["evaluated"],
             "audit_warnings": "; ".join(found["warnings"]), "audit_script": found.get("script_worst")}
@@ -92,19 +100,23 @@ def rows(run, validation=False):
     except FileNotFoundError as error:
         print(f"warning: left out, for it has not finished: {run} has no {Path(error.filename).name}", file=sys.stderr)
         return
+    except ValueError as error:
+        raise UserError(f"{run} has no valid args.json or results.json: {error}") from None
     shared = {k: results[k] for k in ("script", "dataset", "seed")} | {"setting": setting(results["script"], info)}
     names = ("evaluated", "train_seconds", "images_per_second", "peak_memory_gb", "device", "python", "torch", "commit",
              "command")
     rest = {k: results.get(k) for k in names}  # runs of earlier versions did not measure their memory
     words = shlex.split(info["command"])  # that began the run, without the folders of the machine that ran it
-    for flag in ("--runs-dir", "--data-dir"):
-        while flag in words:
-            del words[words.index(flag) : words.index(flag) + 2]
+    folder = re.compile(r"--(runs|data)[-_]dir(=.*)?")
+    words = [word for before, word in zip(["", *words], words)
+             if not folder.fullmatch(word) and not ("=" not in before and folder.fullmatch(before))]  # fmt: skip
     words = ["RUN" if before == "--control-of" else word for before, word in zip(["", *words], words)]
     k = next(i for i, word in enumerate(words) if word.endswith(".py"))  # before it python, or torchrun and its flags
     rest["command"] = shlex.join([*words[:k], Path(words[k]).name, *words[k + 1 :]])
     eps, method = {"eps": round(255 * results["eps"], 6)}, results.get("method", {})
     if validation:
+        if "val_clean" not in method.get("history", {}):
+            raise UserError(f"{run} is of {results['script']}.py, which does not keep validation accuracies")
         epoch = results["checkpoints"]["best"]["epoch"]
         row = {k: method["history"][k][epoch - 1] for k in ("val_clean", "val_robust")}
         yield {**shared, "checkpoint": "best", "epoch": epoch, **row, **eps,
@@ -112,7 +124,7 @@ def rows(run, validation=False):
     else:
         for name, row in results["checkpoints"].items():
             curve = {f"pgd20@{k}": v for k, v in results["robustness_curve"].items()} if name == "best" else {}
-            own = {**measured(method), **audited(run)} if name == "best" else {}
+            own = {**measured(method), **audited(run, results, info["args"])} if name == "best" else {}
             yield {**shared, "checkpoint": name, **row, **curve, **eps, **rest, **own}
 
 
@@ -134,9 +146,18 @@ def read(path):
 
 def collect(out, runs, validation=False):
     """Add the rows of the runs' folders to the csv. Returns all its rows."""
-    known, new = read(out), {}
-    if not Path(out).absolute().parent.is_dir():
+    if not (folder := Path(out).absolute().parent).is_dir():
         raise UserError(f"there is no folder {Path(out).parent} for {out}")
+    lock = os.open(folder, os.O_RDONLY)  # lists of runs may write the same csv: they take turns
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _collect(out, runs, validation)
+    finally:
+        os.close(lock)
+
+
+def _collect(out, runs, validation):
+    known, new = read(out), {}
     for run in runs:
         if not Path(run).is_dir():
             raise UserError(f"{run} is no folder of a run")

@@ -99,14 +99,14 @@ def read(source):
             row |= {f"last {column}": end.get(column) for column in ("worst", "clean")}
             groups[row["setting"], row["dataset"], row["script"]].append(row)
     # A csv of one's own may have several scripts: never a mean over them.
-    names = [f"{own}: " * (len({k[2] for k in groups}) > 1) + name_of(script, setting) for setting, _, own in groups]
-    order = [*NAMES.get(script, {}).values()]
-    result = {}
-    for name, ((setting, actual, _), rows) in sorted(
-            zip(names, groups.items()), key=lambda item: order.index(item[0]) if item[0] in order else len(order)):
+    plain = [f"{own}: " * (len({k[2] for k in groups}) > 1) + name_of(script, setting) for setting, _, own in groups]
+    names = [name + " (unofficial files)" * (actual != dataset) for name, (_, actual, _) in zip(plain, groups)]
+    order, result = [*NAMES.get(script, {}).values()], {}
+    found = zip(plain, names, groups, groups.values())
+    for _, name, (setting, *_), rows in sorted(
+            found, key=lambda row: order.index(row[0]) if row[0] in order else len(order)):
         # Two settings of one name are two rows: never a mean over both.
-        name = name if names.count(name) == 1 else f"{name} ({setting})"
-        result[name + (" (unofficial files)" if actual != dataset else "")] = rows
+        result[name if names.count(name) == 1 else f"{name} ({setting})"] = rows
     return result
 
 
@@ -211,7 +211,8 @@ def summary(source):
         groups = read(f"{script} {source}")
         # A baseline of another length, and data from other files, have that in their name.
         likewise = re.compile(rf"{re.escape(wanted)}(, \d+ epochs)?( \(unofficial files\))?")
-        name = [wanted, *filter(likewise.fullmatch, groups)][-1]  # the longest
+        name = max([wanted, *filter(likewise.fullmatch, groups)],
+                   key=lambda name: (name in groups, "unofficial" not in name, len(name)))
         rows = groups.get(name, [])
         cells = [cell(rows, c) for c in shown] if rows else [MISSING, "", ""]
         lines.append([f"[`{script}.py`](docs/{script}.md)", name, len(rows) or "", *cells])
@@ -237,7 +238,7 @@ def render(kind, source):
     """What belongs between the marker and its end."""
     try:
         text = KINDS[kind](source)
-    except (KeyError, FileNotFoundError):  # no run of this name
+    except (KeyError, FileNotFoundError):  # no run, and no csv, of this name
         text = ""
     if kind in ("value", "ratio"):
         return text or MISSING
@@ -265,7 +266,10 @@ if __name__ == "__main__":
         kind, _, source = args.show.partition(": ")
         if kind not in KINDS or not source:
             parser.error(f"--show takes a kind and a source, as \"table: afa digits\"; kinds: {', '.join(KINDS)}")
-        print(render(kind, source).strip())
+        try:
+            print(render(kind, source).strip())
+        except ValueError:  # of what unpacks the source
+            parser.error(f"{args.show}: the source of {kind} is written as in --help")
         raise SystemExit(0)
     check = args.check
     for path in documents():

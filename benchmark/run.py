@@ -73,6 +73,12 @@ def execute(words):
         raise SystemExit(status)
 
 
+def audited(folder, mode):
+    """Has this folder of a run the audit that is asked for, or a better one?"""
+    path = folder / "audit.json"
+    return path.exists() and (mode == "quick" or not json.loads(path.read_text())["quick"])
+
+
 def run(words, args, folders):
     """Run a command unless its run is finished; its rows go into the csv, its folder into `folders`, by identity."""
     wanted, runs_dir = parse(words)
@@ -90,16 +96,18 @@ def run(words, args, folders):
         if not (folder := finished(wanted, runs_dir)):
             raise UserError(f"{shlex.join(words)} left no finished run in {runs_dir}")
     if not args.dry_run:
-        if args.audit != "no" and not (folder / "audit.json").exists():
+        if args.audit != "no" and not audited(folder, args.audit):
             execute(["python", "benchmark/audit.py", str(folder), *["--quick"] * (args.audit == "quick")])
         collect(args.out, [folder], args.validation)
     folders[wanted] = folder or "RUN"
 
 
 def main(args, lines):
+    lines = [line for line in lines if line.strip() and not line.startswith("#")]
     commands = [shlex.split(line) + shlex.split(args.also) for line in lines]
-    # Rows without an audit count as missing if one is asked for, and can be had: the run's folder is there.
-    done = {identity(*k[:4]): args.audit == "no" or row.get("audit") for k, row in read(args.out).items()
+    # Rows without the audit that is asked for count as missing if it can be had: the run's folder is there.
+    enough = ["full", "without AutoAttack", *["quick"] * (args.audit == "quick")]
+    done = {identity(*k[:4]): args.audit == "no" or row.get("audit_mode") in enough for k, row in read(args.out).items()
             if k[4] != "last"}
     left, folders = [], {}
     for words in commands:

@@ -159,7 +159,8 @@ def check(args, **own):
             raise UserError(f"--{k.replace('_', '-')} {getattr(args, k):g} is more than a pixel's whole range: did you "
                             f"mean {getattr(args, k):g}/255?")  # fmt: skip
     ranges = {k: (1, math.inf) for k in ("width", "epochs", "batch_size", "attack_steps")}
-    ranges |= {k: (0, math.inf) for k in ("seed", "eps", "eps_warmup_epochs", "weight_decay")}
+    ranges |= {k: (0, math.inf) for k in ("eps", "eps_warmup_epochs", "weight_decay")}
+    ranges |= {"seed": (0, 2**32 - 1)}  # what is made of it must fit into 64 bits
     ranges |= {k: (1e-9, math.inf) for k in ("lr", "step_size")}
     for k, (low, high) in (ranges | own).items():
         value = getattr(args, k)
@@ -294,6 +295,8 @@ def named_run(args):
     run = args.resume or args.eval_only
     if args.resume and args.eval_only:
         raise UserError("--resume continues a run, --eval-only evaluates one: choose")
+    if "" in (args.resume, args.eval_only):  # a variable of the shell that is not set
+        raise UserError("--resume and --eval-only take a run's folder, and were given an empty name")
     path = Path(run or ".")
     folder = path if path.is_dir() else path.parent
     if run and folder.is_dir() and not os.access(folder, os.W_OK):
@@ -320,7 +323,7 @@ def check_same(args, own, state, free_in_test=()):
     if not args.eval_only and processes != distributed.world():
         raise UserError(f"{run} was trained by {processes} process{'es'[: 2 * (processes > 1)]}, not "
                         f"{distributed.world()}: resume it with {distributed.launcher(processes)}")  # fmt: skip
-    if args.resume and Path(run, "results.json").exists():
+    if not args.eval_only and Path(run, "results.json").exists():
         print(f"note: {run} is finished: what is left is to test it once more", flush=True)
 
 
@@ -433,10 +436,11 @@ def environment(device):
 
 
 def _fraction(words):
+    above, _, below = words[0].partition("/")
     try:
-        return float(Fraction(words[0]))
-    except ZeroDivisionError:
-        raise ValueError(f"{words[0]} divides by zero") from None
+        return float(Fraction(above) / Fraction(below or 1))  # Fraction("7.5/255") is refused
+    except (ZeroDivisionError, OverflowError):
+        raise ValueError(f"{words[0]} is no finite number") from None
 
 
 # The type of an argument in pixels, written and shown as people do: 8/255. Argument parsers know no fractions.
@@ -502,11 +506,16 @@ def load(name, data_dir="data", device="cpu", train_size=None, val_size=1000, te
 VIDEO = ("moving-digits", "ucf101")  # the sets of clips
 
 
-def load_as(args, device, data_dir=None):
-    """The data set that the arguments of a script, or of a run, ask for; `data_dir` replaces theirs."""
+def load_as(args, device, data_dir=None, state=None):
+    """The data set that the arguments of a script, or of a run, ask for; `data_dir` replaces theirs. Raises UserError
+    when it is not the one of the checkpoint `state`."""
     options = dict(frames=args.frames, split=args.split) if args.dataset in VIDEO else {}
-    return load(args.dataset, data_dir or args.data_dir, device, args.train_size, args.val_size, args.test_size,
-                args.data_on, **options)  # fmt: skip
+    d = load(args.dataset, data_dir or args.data_dir, device, args.train_size, args.val_size, args.test_size,
+             args.data_on, **options)  # fmt: skip
+    if state and (state["classes"] != len(d.classes) or not args.eval_only and state.get("data", d.name) != d.name):
+        raise UserError(f"the checkpoint is of {state.get('data', args.dataset)} with {state['classes']} classes, and "
+                        f"{data_dir or args.data_dir} has {d.name} with {len(d.classes)}: see --data-dir")  # fmt: skip
+    return d
 
 
 # --- Batches

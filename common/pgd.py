@@ -92,6 +92,16 @@ def _l2(v):
     return v.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, *[1] * (v.ndim - 1))
 
 
+def _direction(grad, norm):
+    """Where a step goes: the signs of the gradient, or the gradient at length 1. Where it is nan, nowhere."""
+    if norm == "linf":
+        return grad.sign()  # of nan it is 0
+    # The largest entry becomes 1 first: squares of small ones underflow, and a confident network would look robust.
+    grad = grad.nan_to_num(0.0)
+    grad = grad / grad.abs().amax(tuple(range(1, grad.ndim)), keepdim=True).clamp_min(1e-37)
+    return grad / _l2(grad)
+
+
 def _start(x, eps, norm, mask, generator):
     """A uniform draw from the eps ball around 0, of the masked pixels if there is a mask."""
     noise = torch.empty_like(x)
@@ -205,8 +215,7 @@ def pgd(model, x, y, *, eps, step_size, steps, norm="linf", loss="ce", random_st
                         keep_worse(x_adv.detach(), logits, objective)
                     if mask is not None:
                         grad = grad * mask  # before the norm is taken: the step has its full length inside the mask
-                    direction = grad.sign() if norm == "linf" else grad / _l2(grad)
-                    x_adv = project(direction.mul_(step_size).add_(x_adv.detach()))
+                    x_adv = project(_direction(grad, norm).mul_(step_size).add_(x_adv.detach()))
             if keeping:
                 with torch.no_grad():
                     logits = model(x_adv)

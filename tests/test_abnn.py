@@ -432,10 +432,11 @@ def test_substitutes_are_kept_and_a_damaged_file_is_refused(tiny, runs, capsys, 
     assert status == 2 and "is not a checkpoint" in error and "\n" not in error
 
 
-def test_changed_images_have_another_clean_network(monkeypatch, tmp_path):
+@pytest.mark.parametrize("args", [ARGS, CLIPS], ids=["images", "clips"])
+def test_changed_data_have_another_clean_network(args, monkeypatch, tmp_path):
     trained = []
     monkeypatch.setattr(abnn, "train_epoch", lambda *args: trained.append(args) or defaultdict(float))
-    args = replace(ARGS, runs_dir=str(tmp_path), train_size=50, val_size=10, test_size=5, clean_epochs=1)
+    args = replace(args, runs_dir=str(tmp_path), train_size=50, val_size=10, test_size=5, clean_epochs=1)
     d = data.load_as(args, "cpu")
     for _ in range(2):
         abnn.clean_network(args, d, "cpu")
@@ -498,6 +499,7 @@ REFUSED = {
     "--align-weight -1": "--align-weight must be at least 0",
     "--eps 0": "--eps must be at least",
     "--frames 5": "--frames would do nothing here",
+    "--step-size 1/255": "--step-size would do nothing here",
     "--defense at --substitute self --moments batch": "--substitute, --moments would do nothing here",
     "--dataset moving-digits --substitute-arch preactresnet18": "does not fit moving-digits",
     "--substitute-arch r3d18": "does not fit digits",

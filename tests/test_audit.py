@@ -361,8 +361,8 @@ def load(run, device):
     net = torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten(), torch.nn.Linear(48, 10))
     return net.to(device).eval(), SimpleNamespace(
         dataset="digits", data_dir="data", data_on="auto", train_size=500, val_size=9, test_size=50,
-        eps=2 / 255, norm="linf")
-def frozen_models(net, args):
+        eps=2 / 255, norm="linf", eval_only=None), {"classes": 10, "epoch": 3}
+def transfer_models(net, args):
     return [net]
 """
 
@@ -387,7 +387,7 @@ def test_command_line_writes_audit_json(command_line, tmp_path, capsys):
     command_line(tmp_path, "--quick", "--n", 30, "--eps", "1/255", "--no-autoattack", "--device", "cpu")
     result = json.loads((tmp_path / "audit.json").read_text())
     assert result["script"] == "scriptofatest" and result["evaluated"] == 30
-    assert result["eps"] == pytest.approx(1 / 255)
+    assert result["eps"] == pytest.approx(1 / 255) and result["epoch"] == 3
     assert "same weights 0, ce" in result["attacks"] and "transfer" in result["attacks"]
     output = capsys.readouterr().out
     assert f"the script's own attacks leave {result['script_worst']:.3f}" in output
@@ -396,6 +396,7 @@ def test_command_line_writes_audit_json(command_line, tmp_path, capsys):
     torch.save({"script": "scriptofatest"}, tmp_path / "last.pt")
     command_line(tmp_path / "last.pt", "--quick", "--n", 10, "--no-autoattack")
     assert json.loads((tmp_path / "audit_last.json").read_text())["eps"] == pytest.approx(2 / 255)
+    command_line(tmp_path / "last.pt", "--quick", "--n", 4, "--eps", "40/255", "--no-autoattack")  # 8 eps is over 1
 
 
 @pytest.mark.parametrize(("words", "message"), [
@@ -404,6 +405,7 @@ def test_command_line_writes_audit_json(command_line, tmp_path, capsys):
     (["{tmp}/broken.pt"], "broken.pt cannot be read ("),
     (["{tmp}/other.pt"], "other.pt is from nothere.py, which is not in"),
     (["{tmp}/good.pt", "--eps", "8"], "--eps 8 is outside (0, 1], the range of a pixel: did you mean 8/255?"),
+    (["{tmp}/good.pt", "--eps", "300/255"], "--eps 300/255 is outside (0, 1]"),
     (["{tmp}/good.pt", "--eps=-1/255"], "--eps -1/255 is outside (0, 1], the range of a pixel"),
     (["{tmp}/good.pt", "--eps", "1/0"], "--eps 1/0 is not a number such as 8/255"),
     (["{tmp}/good.pt", "--norm", "l2"], "--norm l2 is not the run's own, and needs an --eps"),

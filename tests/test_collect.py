@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import multiprocessing
 import os
 import runpy
 import shlex
@@ -56,6 +57,14 @@ def test_setting_writes_switches_as_flags_and_zeros_as_numbers():
         "--compile --eps-warmup-epochs 0.0 --no-equalised")
 
 
+def test_what_an_earlier_version_filled_in_with_another_value_is_told():
+    run = info()
+    run["preset"] = ["lr", "epochs", "guided_dropout"]
+    assert setting("aalp", run) == "default"
+    run["args"] |= {"epochs": 3, "lr": 0.5}
+    assert setting("aalp", run) == "--epochs 3 --lr 0.5"
+
+
 def test_a_run_of_an_earlier_version_with_a_flag_that_is_gone_has_its_name():
     args = {**vars(abnn.Args()), **abnn.DIGITS, "gone": False}
     assert setting("abnn", {"args": json.loads(json.dumps(args))}) == "default"
@@ -74,7 +83,7 @@ def test_controls_of_all_seeds_are_one_setting_without_the_folders_of_the_machin
     for seed in (1, 2, 3):
         folder = tmp_path / f"run{seed}"
         folder.mkdir()
-        command = f"python aalp.py --control-of runs/{seed} --seed {seed} --runs-dir {tmp_path}"
+        command = f"python aalp.py --data-dir=/d --control-of runs/{seed} --seed {seed} --runs-dir {tmp_path}"
         (folder / "args.json").write_text(json.dumps(
             {"command": command} | info(seed=seed, control_of=f"runs/{seed}", pairing_weight=seed / 10)))
         (folder / "results.json").write_text(json.dumps(results(seed, command)))
@@ -109,6 +118,41 @@ def test_slips_are_one_line(tmp_path):
                                (tmp_path / "x.csv", ["/nope"], "/nope is no folder of a run")):
         with pytest.raises(data.UserError, match=message):
             collect(out, runs)
+    folder = make_run(tmp_path / "run")
+    with pytest.raises(data.UserError, match="which does not keep validation accuracies"):
+        collect(tmp_path / "x.csv", [folder], validation=True)
+    (folder / "args.json").write_text("{")
+    with pytest.raises(data.UserError, match="has no valid args.json"):
+        collect(tmp_path / "x.csv", [folder])
+
+
+def make_run(folder, seed=1):
+    folder.mkdir()
+    (folder / "args.json").write_text(json.dumps({"command": "python aalp.py"} | info(seed=seed)))
+    (folder / "results.json").write_text(json.dumps(results(seed, "python aalp.py")))
+    return folder
+
+
+AUDIT = dict(worst=0.05, evaluated=10, quick=True, autoattack=None, warnings=[], eps=8 / 255, norm="linf", epoch=1)
+
+
+@pytest.mark.parametrize("other", [{}, {"eps": 1 / 255}, {"norm": "l2"}, {"epoch": 7}], ids=str)
+def test_an_audit_of_something_else_is_no_part_of_a_row(other, tmp_path, capsys):
+    (make_run(tmp_path / "run") / "audit.json").write_text(json.dumps(AUDIT | other))
+    rows = collect(tmp_path / "x.csv", [tmp_path / "run"])
+    assert [row.get("audit") for row in rows] == [None if other else 0.05, None]
+    assert ("another eps or norm, or of another epoch" in capsys.readouterr().err) == bool(other)
+
+
+def test_lists_that_write_one_csv_at_the_same_time_lose_no_row(tmp_path):
+    folders = [make_run(tmp_path / f"run{seed}", seed) for seed in range(1, 9)]
+    processes = [multiprocessing.get_context("fork").Process(target=collect, args=(tmp_path / "x.csv", [folder]))
+                 for folder in folders]  # fmt: skip
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert len(read(tmp_path / "x.csv")) == 16
 
 
 def test_what_the_claims_rest_on_becomes_columns():
@@ -176,6 +220,8 @@ def test_a_list_that_stopped_goes_on_where_it_was(tmp_path, monkeypatch, capfd):
     run.main(run.Args(out, dry_run=True), lines)
     shown = capfd.readouterr()
     assert shown.out.splitlines() == lines[2:] and "2 of 4 runs" in shown.err
+    run.main(run.Args(out, dry_run=True), ["", "# finished: runs/a", *lines])
+    assert "2 of 4 runs" in capfd.readouterr().err
 
     (tmp_path / "broken").unlink()
     run.main(run.Args(out), lines)
@@ -192,7 +238,8 @@ from pathlib import Path
 with open("log", "a") as f:
     print("audit", *sys.argv[2:], file=f)
 Path(sys.argv[1], "audit.json").write_text(json.dumps(dict(
-    worst=0.05, evaluated=10, quick="--quick" in sys.argv, autoattack=None, warnings=["a", "b c"])))
+    worst=0.05, evaluated=10, quick="--quick" in sys.argv, autoattack=0.05, warnings=["a", "b c"], eps=8 / 255,
+    norm="linf", epoch=1)))
 """
 
 
@@ -216,6 +263,9 @@ def test_a_list_audits_its_runs_and_those_in_the_csv_once(tmp_path, monkeypatch,
              for k, row in read(out).items()}
     assert found["1", "best"] == found["2", "best"] == ("0.05", "quick", "10", "a; b c")
     assert found["1", "last"] == ("", "", "", "")
+    for mode in ("full", "full", "quick"):  # a quick one is not enough for the first, and more than enough for the last
+        run.main(run.Args(out, audit=mode), lines[:1])
+    assert (tmp_path / "log").read_text().splitlines()[4:] == ["audit"]
 
     shutil.rmtree(tmp_path / "runs")  # a run that was audited stays done, and one whose folder is gone is not repeated
     out.write_text(out.read_text().replace("0.05", ""))
@@ -226,7 +276,7 @@ def test_a_list_audits_its_runs_and_those_in_the_csv_once(tmp_path, monkeypatch,
 
 LISTS = {name: parts.split() for name, parts in (
     ("afa", "digits cifar10 svhn gpu"), ("aalp", "digits cifar10 svhn gpu"),
-    ("vfd_adv", "digits sweep cifar10 svhn gpu"), ("abnn", "digits video cifar10 svhn gpu"))}
+    ("vfd_adv", "digits sweep sweep-cifar10 cifar10 svhn gpu"), ("abnn", "digits video cifar10 svhn gpu"))}
 
 
 @pytest.mark.parametrize("name", LISTS)

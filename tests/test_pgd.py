@@ -236,6 +236,37 @@ def test_masked_random_start_fills_the_ball_of_the_masked_pixels(net, xy, norm):
     assert size.max() <= 0.2 + 1e-6 and size.median() > 0.8 * 0.2
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_gradient_that_is_not_a_number_is_no_direction(norm):
+    class SometimesNan(nn.Module):
+        def forward(self, x):
+            return (x - 0.5).sqrt().flatten(1).nan_to_num()  # of what is below 0 the gradient is nan
+
+    x = torch.tensor([0.2, 0.8]).view(1, 1, 1, 2).repeat(2, 1, 1, 1)
+    x_adv = pgd(SometimesNan().eval(), x, torch.tensor([1, 1]), eps=0.1, step_size=0.05, steps=3, norm=norm,
+                random_start=False)  # fmt: skip
+    assert torch.equal(x_adv[..., 0], x[..., 0])
+    torch.testing.assert_close(x_adv[..., 1], x[..., 1] - 0.1)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_small_gradient_gives_a_step_of_full_length(norm):
+    """The norm of the gradient of cross-entropy underflows from a lead of about 28 on, the gradient itself from 87."""
+    net = linear(48)
+    with torch.no_grad():  # from a lead of 17 on the true class has no part in the gradient: let it be the other's
+        net[1].weight[1], net[1].bias[:] = -net[1].weight[0], 0
+    x = torch.rand(16, 3, 4, 4, generator=gen()) * 0.4 + 0.3
+    lead = net(x) @ torch.tensor([1.0, -1.0])
+    y, scale = (lead < 0).long(), 60 / lead.abs().view(-1, 1)
+
+    class Confident(nn.Module):
+        def forward(self, x):
+            return net(x) * scale  # a lead of 60
+
+    settings = dict(eps=0.1, step_size=0.1, steps=1, norm=norm, random_start=False)
+    torch.testing.assert_close(pgd(Confident().eval(), x, y, **settings), pgd(net, x, y, **settings))
+
+
 # --- Closed forms
 
 

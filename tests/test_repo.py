@@ -12,7 +12,7 @@ from conftest import ROOT
 SCRIPTS = [path for path in (ROOT / f"{name}.py" for name in ("afa", "aalp", "vfd_adv", "abnn")) if path.exists()]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmark").glob("*.sh"))]
 # Names that differ between the scripts because they are the method or its frame.
-METHOD_SPECIFIC = {"Args", "build", "measure"}
+METHOD_SPECIFIC = {"Args", "build", "measure", "transfer_models"}
 SHARED_CONSTANTS = {"SCRIPT", "ARCHS", "ATTACKS"}
 OWN_COMMENTS = {"epochs", "eps"}  # flags whose comment says what the method makes of them
 

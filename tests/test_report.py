@@ -112,6 +112,15 @@ def test_two_settings_of_one_name_are_never_averaged(made_up):
     assert [row.split(" | ")[2:] for row in rows] == [["1", "10.0 |"], ["1", "30.0 |"]]
 
 
+def test_official_and_unofficial_files_are_two_rows_and_the_summary_prefers_the_official(made_up):
+    made_up("afa", [dict(setting="default", dataset="svhn-unofficial", worst=0.5),
+                    dict(setting="default", dataset="svhn", worst=0.25)])
+    assert list(report.read("afa svhn")) == ["AFA (unofficial files)", "AFA"]
+    assert report.value("afa svhn; AFA; worst") == "25.0"
+    assert report.value("afa svhn; AFA (unofficial files); worst") == "50.0"
+    assert "| AFA | 1 |" in report.summary("svhn")
+
+
 def test_scripts_in_one_csv_are_never_averaged(made_up, capsys):
     found = (("afa", 0.1), ("mine", 0.3), ("mine", 0.5))
     made_up("mine", [dict(script=script, setting="default", worst=worst) for script, worst in found])

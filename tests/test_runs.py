@@ -373,9 +373,23 @@ def test_a_strength_or_a_rate_that_is_never_reached_is_said(capsys):
     assert "0.0314 is a tiny radius in the L2 norm" in capsys.readouterr().out
 
 
+def test_a_checkpoint_of_other_data_is_refused():
+    args = replace(afa.Args(), train_size=20, val_size=10, test_size=10)
+    for state, own in (({"classes": 9}, "digits with 9 classes"),
+                       ({"classes": 10, "data": "digits-unofficial"}, "digits-unofficial with 10 classes")):
+        with pytest.raises(data.UserError, match=f"is of {own}, and data has digits with 10: see --data-dir"):
+            data.load_as(args, "cpu", state=state)
+    for fine in (None, {"classes": 10}, {"classes": 10, "data": "digits"}):
+        assert len(data.load_as(args, "cpu", state=fine).classes) == 10
+    # Files of another origin may be what a run is to be evaluated on.
+    data.load_as(replace(args, eval_only="run"), "cpu", state={"classes": 10, "data": "digits-unofficial"})
+
+
 REFUSED = {
     "--eps 8": "did you mean 8/255?",
     "--eps -1/255": "--eps must be at least 0",
+    "--eps 0 --step-size 1/255": "--step-size would do nothing here",
+    "--seed 20000000000000": "--seed must be at most 4.29497e+09, not 2e+13",
     "--batch-size 0": "--batch-size must be at least 1",
     "--epochs -3": "--epochs must be at least 1",
     "--width 0": "--width must be at least 1",
@@ -396,6 +410,7 @@ REFUSED = {
     "--device cuda:77": "--device cuda:77 cannot be used",
     "--device gpu": "--device gpu cannot be used",
     "--resume /nowhere": "there is no checkpoint /nowhere",
+    "--resume=": "--resume and --eval-only take a run's folder, and were given an empty name",
     "--eval-only /nowhere/best.pt": "there is no checkpoint /nowhere/best.pt",
     "--resume a --eval-only b": "--resume continues a run, --eval-only evaluates one: choose",
     "--runs-dir /proc/none": "--runs-dir /proc/none cannot be used",
@@ -413,7 +428,7 @@ def test_bad_input_is_refused_in_one_line_before_any_work(arguments, capsys, tmp
 
 
 @pytest.mark.parametrize("arguments", [
-    "--dataset mnist", "--eps many", "--eps nan", "--eps 1/0", "--unknown 1", "--gate wide", "--seed x"])
+    "--dataset mnist", "--eps many", "--eps nan", "--eps 1/0", "--eps 1e400", "--unknown 1", "--gate wide", "--seed x"])
 def test_what_is_no_argument_at_all_is_refused_by_the_parser(arguments, capsys, tmp_path):
     status, error = in_process(arguments, capsys, tmp_path)
     assert status == 2 and "Traceback" not in error and arguments.split()[0] in error

@@ -365,6 +365,9 @@ def audit(net, x, y, eps=8 / 255, norm="linf", *, quick=False, train=None, surro
             record("transfer", by(steps=effort["transfer_steps"], source=surrogate), group=black)
             accuracy = share(logits_of(surrogate, x, batch_size).argmax(1) == y)
             notes.append(f"transfer is from an undefended network of clean accuracy {accuracy:.3f}")
+        if train is None:
+            notes.append("no training images: overfitting was looked for on these images"
+                         + ", and nothing was transferred from another network" * (surrogate is None))  # fmt: skip
         members, standard = {}, None
         try:
             members = autoattack(net, classes, eps, norm, effort, seed, device) if use_autoattack else {}

@@ -294,6 +294,7 @@ def test_models_of_the_same_weights_are_attacked_too(digits, undefended):
     accuracy = {name: row["accuracy"] for name, row in result["attacks"].items()}
     assert accuracy["path 0, margin"] < 0.15 < accuracy["pgd-20 ce"] - 0.15
     assert "transfer" not in result["attacks"]  # neither a surrogate nor data to train one
+    assert any("nothing was transferred from another network" in note for note in result["notes"])
 
 
 def test_missing_pyautoattack_is_one_line_and_the_rest_runs(digits, undefended, surrogate, monkeypatch):
@@ -305,6 +306,7 @@ def test_missing_pyautoattack_is_one_line_and_the_rest_runs(digits, undefended, 
     assert sum("pip install pyautoattack" in line for line in "\n".join(lines).split("\n")) == 1
     assert set(result["checks"]) == set(CHECKS) and result["autoattack"] is None
     assert not any("apgd" in name or "square" in name for name in result["attacks"])
+    assert "no training images: overfitting was looked for on these images" in result["notes"]
 
 
 def test_autoattack_is_the_published_one():

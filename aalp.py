@@ -27,7 +27,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common import data, distributed
-from common.pgd import attack_images, attack_metrics, pgd, pgd10, robustness_curve, survivors
+from common.pgd import attack_images, attack_metrics, pgd, pgd10, robustness_curve, survivors, usual_eps
 
 SCRIPT = Path(__file__).stem
 
@@ -370,7 +370,7 @@ if __name__ == "__main__":
     steps = data.steps_per_epoch(len(d.train.y), args.batch_size, shared=not args.eval_only)
     per_epoch = steps * min(args.batch_size, len(d.train.y))  # images
     majority = y_val.bincount().max().item() / len(y_val)
-    eps_test = args.eps or (8 / 255 if args.norm == "linf" else 128 / 255)  # for an undefended network
+    eps_test = args.eps or usual_eps(args.norm)  # an undefended network is tested like the others
 
     # The run's folder.
     progress = dict(epoch=0, best=-1.0, train_seconds=0.0, history={})

@@ -19,13 +19,11 @@ masked, it rises evenly along the gradient's sign, and more than along random si
 
 import importlib
 import json
-import os
 import shlex
 import sys
 import time
 import warnings
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -39,7 +37,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from common import data  # noqa: E402
-from common.pgd import LOSSES, above, check_images, margin, module_of, pgd, survivors  # noqa: E402
+from common.pgd import LOSSES, above, check_images, margin, module_of, pgd, survivors, usual_eps  # noqa: E402
 
 CHECKS = {  # and what it means when one does not pass
     "falls with eps": "accuracy that rises with eps, or is left at an eps of 0.5: the attack fails",
@@ -543,14 +541,13 @@ def main():
     run = Path(a.run)
     script = script_of(run)
     try:
-        eps = None if a.eps is None else float(Fraction(a.eps))
-    except (ValueError, ZeroDivisionError):
+        eps = None if a.eps is None else data.fraction([a.eps])
+    except ValueError:
         raise data.UserError(f"--eps {a.eps} is not a number such as 8/255") from None
     if a.batch_size < 1 or a.n is not None and a.n < 1:
         raise data.UserError("--batch-size and --n must be at least 1")
     folder = run if run.is_dir() else run.parent
-    if not os.access(folder, os.W_OK):
-        raise data.UserError(f"{folder} cannot be written to: copy it to where that is possible, and name the copy")
+    data.check_writable(folder)
     device = data.device(a.device)
     torch.backends.cudnn.allow_tf32 = False  # rounding to 10 bits would show up as false gradients
     net, args, state = script.load(a.run, device)
@@ -569,7 +566,7 @@ def main():
     x = data.to_float(x)
     if a.norm not in (None, args.norm) and eps is None:
         raise data.UserError(f"--norm {a.norm} is not the run's own, and needs an --eps: in l2 128/255 is customary")
-    eps = eps or args.eps or (8 / 255 if norm == "linf" else 128 / 255)  # as the scripts test an undefended network
+    eps = eps or args.eps or usual_eps(norm)
     others = [] if video else getattr(script, "transfer_models", lambda *_: [])(net, args)
     if (teacher := folder / "teacher.pt").exists():
         others = [script.load_teacher(teacher, args, len(d.classes), device)[0]]

@@ -77,6 +77,12 @@ def measured(method):
     return columns | method.get("test", {}) | method.get("distance", {})
 
 
+def on_validation(results):
+    """Accuracies of the best epoch on validation images, {column: fraction}; none where a script does not keep them."""
+    history, epoch = results.get("method", {}).get("history", {}), results["checkpoints"]["best"]["epoch"]
+    return {k: history[k][epoch - 1] for k in ("val_clean", "val_robust") if k in history}
+
+
 def audited(run, results, args):
     """What benchmark/audit.py has left of the best checkpoint, on how many images, what the script's own attacks leave
     of these, and what it warned of. Nothing where it was at another eps or norm, or of another epoch."""
@@ -115,11 +121,9 @@ def rows(run, validation=False):
     rest["command"] = shlex.join([*words[:k], Path(words[k]).name, *words[k + 1 :]])
     eps, method = {"eps": round(255 * results["eps"], 6)}, results.get("method", {})
     if validation:
-        if "val_clean" not in method.get("history", {}):
+        if not (row := on_validation(results)):
             raise UserError(f"{run} is of {results['script']}.py, which does not keep validation accuracies")
-        epoch = results["checkpoints"]["best"]["epoch"]
-        row = {k: method["history"][k][epoch - 1] for k in ("val_clean", "val_robust")}
-        yield {**shared, "checkpoint": "best", "epoch": epoch, **row, **eps,
+        yield {**shared, "checkpoint": "best", "epoch": results["checkpoints"]["best"]["epoch"], **row, **eps,
                **{k: v for k, v in rest.items() if k != "evaluated"}}
     else:
         for name, row in results["checkpoints"].items():

@@ -32,6 +32,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from benchmark.collect import on_validation  # noqa: E402
 from common import data  # noqa: E402
 from common.pgd import pgd  # noqa: E402
 
@@ -415,12 +416,6 @@ DISTILLING = {"distance", "distill", "teacher", "teacher_arch", "teacher_width",
               "teacher_lr"}  # nothing at 0
 
 
-def validation(run):
-    """Clean and robust accuracy of the best epoch on validation images."""
-    epoch = run.results["checkpoints"]["best"]["epoch"]
-    return [run.method["history"][k][epoch - 1] for k in ("val_clean", "val_robust")]
-
-
 def lines_over_lambda(runs):
     """{name: {(lambda_adv, lambda_nat): runs}}, where runs differ in lambda and the seed alone.
 
@@ -428,7 +423,7 @@ def lines_over_lambda(runs):
     """
     plain, lines = {}, {}
     for run in runs:
-        if "lambda_adv" not in run.args or "val_clean" not in run.method.get("history", {}):
+        if "lambda_adv" not in run.args or not on_validation(run.results):
             continue
         at = run.args["lambda_adv"], run.args["lambda_nat"]
         other = {k: str(v) for k, v in run.args.items() if k not in ALONG}
@@ -462,7 +457,8 @@ def tradeoff(runs):
         ends = []
         for name in names:
             # (points, 2): means over the seeds. All seeds see the same images: their number makes no error smaller.
-            accs = [np.array([validation(run) for run in group]) for group in lines[name].values()]
+            accs = [np.array([[*on_validation(run.results).values()] for run in group])
+                    for group in lines[name].values()]
             size = next(iter(lines[name].values()))[0].args["val_size"]
             error = 100 * np.array([(acc * (1 - acc) / size).mean(0) ** 0.5 for acc in accs])
             points = 100 * np.array([acc.mean(0) for acc in accs])

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 import tyro  # noqa: E402
 
-from benchmark.collect import collect, read, setting  # noqa: E402
+from benchmark.collect import collect, read, rows, setting  # noqa: E402
 from common.data import UserError  # noqa: E402
 
 
@@ -73,10 +73,10 @@ def execute(words):
         raise SystemExit(status)
 
 
-def audited(folder, mode):
-    """Has this folder of a run the audit that is asked for, or a better one?"""
-    path = folder / "audit.json"
-    return path.exists() and (mode == "quick" or not json.loads(path.read_text())["quick"])
+def audited(row, mode):
+    """Has the row of a best checkpoint the audit that is asked for, or a better one?"""
+    enough = ["full", "without AutoAttack", *["quick"] * (mode == "quick")]
+    return mode == "no" or row.get("audit_mode") in enough
 
 
 def run(words, args, folders):
@@ -96,7 +96,7 @@ def run(words, args, folders):
         if not (folder := finished(wanted, runs_dir)):
             raise UserError(f"{shlex.join(words)} left no finished run in {runs_dir}")
     if not args.dry_run:
-        if args.audit != "no" and not audited(folder, args.audit):
+        if args.audit != "no" and not audited(next(rows(folder)), args.audit):  # the best checkpoint comes first
             execute(["python", "benchmark/audit.py", str(folder), *["--quick"] * (args.audit == "quick")])
         collect(args.out, [folder], args.validation)
     folders[wanted] = folder or "RUN"
@@ -106,9 +106,7 @@ def main(args, lines):
     lines = [line for line in lines if line.strip() and not line.startswith("#")]
     commands = [shlex.split(line) + shlex.split(args.also) for line in lines]
     # Rows without the audit that is asked for count as missing if it can be had: the run's folder is there.
-    enough = ["full", "without AutoAttack", *["quick"] * (args.audit == "quick")]
-    done = {identity(*k[:4]): args.audit == "no" or row.get("audit_mode") in enough for k, row in read(args.out).items()
-            if k[4] != "last"}
+    done = {identity(*k[:4]): audited(row, args.audit) for k, row in read(args.out).items() if k[4] != "last"}
     left, folders = [], {}
     for words in commands:
         wanted, runs_dir = parse(words)

@@ -289,6 +289,12 @@ def cache_file(runs_dir, kind, name, key, content=()):
     return path
 
 
+def check_writable(folder):
+    """Raise UserError for the folder of a run, if there is one, in which nothing can be written."""
+    if folder.is_dir() and not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} cannot be written to: copy it to where that is possible, and name the copy")
+
+
 def named_run(args):
     """(what the arguments name with --resume or --eval-only, its folder), or (None, None). Raises UserError where both
     are given, and where the folder is read-only. From here on an interruption prints one line."""
@@ -299,8 +305,8 @@ def named_run(args):
         raise UserError("--resume and --eval-only take a run's folder, and were given an empty name")
     path = Path(run or ".")
     folder = path if path.is_dir() else path.parent
-    if run and folder.is_dir() and not os.access(folder, os.W_OK):
-        raise UserError(f"{folder} cannot be written to: copy it to where that is possible, and name the copy")
+    if run:
+        check_writable(folder)
     on_interrupt(folder if args.resume else None)
     return run, folder if run else None
 
@@ -435,7 +441,8 @@ def environment(device):
     )  # fmt: skip
 
 
-def _fraction(words):
+def fraction(words):
+    """The number of one word, as 8/255, 7.5/255 or .5. Raises ValueError where it is none."""
     above, _, below = words[0].partition("/")
     try:
         return float(Fraction(above) / Fraction(below or 1))  # Fraction("7.5/255") is refused
@@ -445,7 +452,7 @@ def _fraction(words):
 
 # The type of an argument in pixels, written and shown as people do: 8/255. Argument parsers know no fractions.
 Pixels = Annotated[float, tyro.constructors.PrimitiveConstructorSpec(
-    nargs=1, metavar="N/255", instance_from_str=_fraction, is_instance=lambda value: isinstance(value, float),
+    nargs=1, metavar="N/255", instance_from_str=fraction, is_instance=lambda value: isinstance(value, float),
     str_from_instance=lambda value: [f"{255 * value:g}/255"])]  # fmt: skip
 
 

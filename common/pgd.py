@@ -62,6 +62,11 @@ def _per_sample(value, x):
     return value if value.ndim == 0 else value.view(-1, *[1] * (x.ndim - 1))
 
 
+def usual_eps(norm):
+    """The radius in pixels at which a network is tested that was trained without attacks."""
+    return 8 / 255 if norm == "linf" else 128 / 255
+
+
 def check_images(x, eps, norm="linf"):
     """Raise ValueError for images that are not in [0, 1] and for an eps that is no radius in pixels; uint8 is fine.
 
@@ -92,13 +97,16 @@ def _l2(v):
     return v.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, *[1] * (v.ndim - 1))
 
 
+def _largest_is_1(grad):
+    """Each sample of a gradient (N, ...) over its largest entry: the squares of small ones would underflow."""
+    return grad / grad.abs().amax(tuple(range(1, grad.ndim)), keepdim=True).clamp_min(1e-37)
+
+
 def _direction(grad, norm):
     """Where a step goes: the signs of the gradient, or the gradient at length 1. Where it is nan, nowhere."""
     if norm == "linf":
         return grad.sign()  # of nan it is 0
-    # The largest entry becomes 1 first: squares of small ones underflow, and a confident network would look robust.
-    grad = grad.nan_to_num(0.0)
-    grad = grad / grad.abs().amax(tuple(range(1, grad.ndim)), keepdim=True).clamp_min(1e-37)
+    grad = _largest_is_1(grad.nan_to_num(0.0))  # or a confident network, of a small gradient, would look robust
     return grad / _l2(grad)
 
 
@@ -380,9 +388,7 @@ def search_corners(model, x, y, side, loss="ce", candidates=20):
     with torch.enable_grad():
         (grad,) = torch.autograd.grad(loss_fn(model(x).float(), y).sum(), x)
     stride = max(side // 4, 1)
-    # The largest gradient of each sample becomes 1, or the squares of small ones underflow.
-    grad = grad / grad.abs().amax(tuple(range(1, x.ndim)), keepdim=True).clamp_min(1e-30)
-    heat = F.avg_pool2d(grad.square().sum(1).reshape(-1, 1, *x.shape[-2:]), side, stride)
+    heat = F.avg_pool2d(_largest_is_1(grad).square().sum(1).reshape(-1, 1, *x.shape[-2:]), side, stride)
     best = heat.flatten(1).topk(min(candidates, heat[0].numel())).indices.T  # (candidates, N [* T])
     corners = stride * torch.stack([best // heat.shape[-1], best % heat.shape[-1]], -1).unflatten(1, _frames(x))
     with torch.no_grad():

@@ -100,9 +100,7 @@ def test_controls_of_all_seeds_are_one_setting_without_the_folders_of_the_machin
 
 def test_a_run_that_takes_the_place_of_another_is_said(tmp_path, capsys):
     for name in "ab":
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "args.json").write_text(json.dumps({"command": "python afa.py"} | info()))
-        (tmp_path / name / "results.json").write_text(json.dumps(results(1, "python afa.py")))
+        make_run(tmp_path / name)
     for _again in range(2):
         assert len(collect(tmp_path / "out.csv", [tmp_path / "a"])) == 2
     assert capsys.readouterr().err == ""
@@ -266,6 +264,13 @@ def test_a_list_audits_its_runs_and_those_in_the_csv_once(tmp_path, monkeypatch,
     for mode in ("full", "full", "quick"):  # a quick one is not enough for the first, and more than enough for the last
         run.main(run.Args(out, audit=mode), lines[:1])
     assert (tmp_path / "log").read_text().splitlines()[4:] == ["audit"]
+    path = next(tmp_path.glob("runs/*__1__*/audit.json"))  # one at another radius is not what was asked for
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eps": 1 / 255}))
+    kept = out.read_text()
+    out.unlink()
+    run.main(run.Args(out, audit="quick"), lines[:1])
+    assert (tmp_path / "log").read_text().splitlines()[5:] == ["audit --quick"]
+    out.write_text(kept)
 
     shutil.rmtree(tmp_path / "runs")  # a run that was audited stays done, and one whose folder is gone is not repeated
     out.write_text(out.read_text().replace("0.05", ""))

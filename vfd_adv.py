@@ -377,11 +377,10 @@ if __name__ == "__main__":
         data.check_same(args, own, state)
     else:
         unused = ["step_size"] * (args.eps == 0) + ["beta"] * (args.base == "at")
-        unused += ["distance"] * (args.lambda_adv == args.lambda_nat == 0)
-        if args.teacher is not None:  # without weights its distance is measured: --distill says of what
+        plain = args.lambda_adv == args.lambda_nat == 0  # of a --teacher the distance is measured even so
+        unused += ["distill"] * (plain and args.teacher is None) + ["distance"] * plain
+        if args.teacher is not None:
             unused += ["teacher_arch", "teacher_width", "teacher_epochs", "teacher_lr"]
-        elif "distance" in unused:
-            unused += ["distill"]
         data.refuse_unused(args, *unused)
     preset = {**PRESETS[args.dataset][args.preset], "beta": BETA[args.base]}
     preset["lr"] *= 0.5 if args.base == "mart" else 1.0  # at the others' rate it loses classes on the way  [D8]

@@ -25,6 +25,7 @@ CASES = [
     ("afa.py", "--epochs 1 --gate-epochs 2 --eps-warmup-epochs 0 --gate layer --finetune all"),
     ("aalp.py", "--eps-warmup-epochs 1"),
     ("aalp.py", "--eps-warmup-epochs 1 --dropout-label predicted --sample-weight conflict"),
+    ("aalp.py", "--eps-warmup-epochs 1 --guided-dropout random"),
     ("vfd_adv.py", "--eps-warmup-epochs 1 --teacher-epochs 1"),
     ("vfd_adv.py", "--eps-warmup-epochs 1 --teacher-epochs 1 --base trades --teacher-width 6 --distance cosine"),
     ("vfd_adv.py", "--eps-warmup-epochs 1 --teacher-epochs 1 --base mart --norm l2"),

@@ -435,7 +435,7 @@ REFUSED = {
     "--beta 6": "--beta would do nothing here: leave it out",
     "--teacher a --teacher-width 8": "--teacher-width would do nothing here",
     "--teacher a --teacher-epochs 9": "--teacher-epochs would do nothing here",
-    "--lambda-adv 0 --lambda-nat 0 --distance cosine --distill logits": "--distance, --distill would do nothing here",
+    "--lambda-adv 0 --lambda-nat 0 --distance cosine --distill logits": "--distill, --distance would do nothing here",
     "--lambda-adv 0 --lambda-nat 0 --distance cosine --distill logits --teacher t": "--distance would do nothing here",
     "--teacher-epochs 0": "--teacher-epochs must be at least 1",
     "--teacher-width 0": "--teacher-width must be at least 1",

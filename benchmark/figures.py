@@ -2,6 +2,7 @@
 
     python benchmark/figures.py runs/digits__afa__1__1700000000            # into the run's folder
     python benchmark/figures.py AFA_RUN PGD_AT_RUN --labels AFA PGD-AT     # into figures/
+    python benchmark/figures.py results/vfd_adv_sweep.csv                  # the trade-offs of a sweep, into figures/
 
     robustness_curve.png  accuracy against the strength of the attack, and the worst case over all attacks
     weights.png           fusing weights that a run of afa.py predicts, for each layer
@@ -21,10 +22,12 @@
 
 import importlib
 import json
+import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import fill
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -32,7 +35,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmark.collect import on_validation  # noqa: E402
+from benchmark.collect import on_validation, read  # noqa: E402
 from common import data  # noqa: E402
 from common.pgd import pgd  # noqa: E402
 
@@ -56,7 +59,7 @@ FIXED = {"w=0": "fixed w = 0 (BN_c)", "w=0.5": "fixed w = 0.5", "w=1": "fixed w 
 
 @dataclass
 class Args:
-    runs: tyro.conf.Positional[list[str]]  # folders of finished runs, in the order of the legend
+    runs: tyro.conf.Positional[list[str]]  # folders of finished runs, in the order of the legend, or the csv of a sweep
     out: str | None = None  # folder of the figures (None: the run's own; for several runs, figures)
     labels: list[str] | None = None  # a name for each run (None: the method's, with the seed where two are alike)
 
@@ -131,6 +134,10 @@ class Run:
             kind = "undefended"
         self.label, self.lambdas = kind, lambda_label(self.args)
         self.eps_label = "eps (1/255)" + ", L2 norm" * (self.args.get("norm") == "l2")
+
+    @property
+    def val(self):
+        return on_validation(self.results)
 
 
 def both(values):
@@ -410,39 +417,65 @@ def usefulness(runs):
 
 
 # Arguments that may differ along a line of tradeoff(): its axis, the seed, and what changes nothing about training.
-ALONG = {"lambda_adv", "lambda_nat", "seed", "preset", "data_dir", "runs_dir", "device", "compile", "resume",
+ALONG = {"lambda_adv", "lambda_nat", "seed", "preset", "data_dir", "data_on", "runs_dir", "device", "compile", "resume",
          "eval_only", "test_size"}
 DISTILLING = {"distance", "distill", "teacher", "teacher_arch", "teacher_width", "teacher_epochs",
               "teacher_lr"}  # nothing at 0
 
 
-def lines_over_lambda(runs):
-    """{name: {(lambda_adv, lambda_nat): runs}}, where runs differ in lambda and the seed alone.
+def rows_of_sweep(path):
+    """{data set: rows of a csv of validation accuracies, with what tradeoff() looks at in a run}."""
+    runs = {}
+    if not (rows := read(path)):
+        raise data.UserError(f"{path} is no sweep: it has no rows, or is not there")
+    for row in rows.values():
+        if "val_clean" not in row or row["script"] != "vfd_adv":
+            raise data.UserError(f"{path} is no sweep of vfd_adv.py: its rows have no accuracies on validation images")
+        module, words = importlib.import_module(row["script"]), shlex.split(row["command"])
+        args = tyro.cli(module.Args, args=words[1 + next(i for i, w in enumerate(words) if w.endswith(".py")) :])
+        preset = {**module.PRESETS[args.dataset][args.preset], "beta": module.BETA[args.base]}
+        args = {k: preset.get(k) if v is None else v for k, v in asdict(args).items()}
+        if args["lambda_adv"] is None or args["lambda_nat"] is None:
+            raise data.UserError(f"{path} has a row without the weights that are compared: {row['command']}")
+        accs = {k: float(row[k]) for k in ("val_clean", "val_robust")}
+        runs.setdefault(row["dataset"], []).append(SimpleNamespace(args=args, results=row, val=accs))
+    return runs
 
-    A base without distillation begins each line, whatever is distilled there and from which teacher.
+
+def lines_over_lambda(runs):
+    """{name: {weights: runs}}, where runs differ in lambda, or without distillation in beta, and in the seed alone.
+
+    A base without distillation begins each line, whatever is distilled there and from which teacher. The weights are
+    (lambda_adv, lambda_nat), or (beta,).
     """
-    plain, lines = {}, {}
+    plain, lines, over_beta = {}, {}, {}
     for run in runs:
-        if "lambda_adv" not in run.args or not on_validation(run.results):
+        if "lambda_adv" not in run.args or not run.val:
             continue
-        at = run.args["lambda_adv"], run.args["lambda_nat"]
+        at = adv, nat = run.args["lambda_adv"], run.args["lambda_nat"]
         other = {k: str(v) for k, v in run.args.items() if k not in ALONG}
         own = tuple((k, other.pop(k)) for k in sorted(DISTILLING) if k in other)
-        other = tuple(sorted(other.items()))
-        group = lines.setdefault((other, own), {}) if any(at) else plain.setdefault(other, {})
+        pair = "" if adv and nat else "adversarial pair" if adv else "clean pair"
+        key = tuple(sorted(other.items()))
+        group = lines.setdefault((key, own, pair), {}) if any(at) else plain.setdefault(key, {})
         group.setdefault(at, []).append(run)
-    lines = {key: dict(sorted((plain.get(key[0], {}) | points).items())) for key, points in lines.items()}
+        if not any(at):
+            key = tuple(sorted(other.items() - {("beta", other["beta"])}))
+            over_beta.setdefault((key, (), "over β"), {}).setdefault((run.args["beta"],), []).append(run)
+    lines = {key: plain.get(key[0], {}) | points for key, points in lines.items()} | over_beta
     named = {}
-    lines = [(dict(other + own), points) for (other, own), points in lines.items() if len(points) > 1]
-    for line, points in lines:
-        rivals = [rival for rival, _ in lines if rival["base"] == line["base"]]
-        varying = [f"{k} {v}" for k, v in line.items() if len({rival.get(k) for rival in rivals}) > 1]
-        named[", ".join([line["base"].upper(), *varying])] = points
+    lines = [(dict(key + own), pair, dict(sorted(points.items()))) for (key, own, pair), points in lines.items()
+             if len(points) > 1]
+    for line, pair, points in sorted(lines, key=lambda line: ["at", "trades", "mart"].index(line[0]["base"])):
+        rivals = [rival for rival, *_ in lines if rival["base"] == line["base"]]
+        varying = [f"{k} {v}" for k, v in line.items() if len({rival.get(k, v) for rival in rivals}) > 1]
+        named[", ".join([line["base"].upper(), *[pair] * bool(pair), *varying])] = points
     return named
 
 
 def tradeoff(runs):
-    """Clean against robust accuracy over lambda. On validation images: lambda may be chosen by what is seen here."""
+    """Clean against robust accuracy over lambda, and over beta without distillation. On validation images: they may be
+    chosen by what is seen here."""
     if not (lines := lines_over_lambda(runs)):
         return "no two runs of vfd_adv.py differ in lambda and in nothing else"
     panels = [[name] for name in lines]
@@ -457,7 +490,7 @@ def tradeoff(runs):
         ends = []
         for name in names:
             # (points, 2): means over the seeds. All seeds see the same images: their number makes no error smaller.
-            accs = [np.array([[*on_validation(run.results).values()] for run in group])
+            accs = [np.array([[*run.val.values()] for run in group])
                     for group in lines[name].values()]
             size = next(iter(lines[name].values()))[0].args["val_size"]
             error = 100 * np.array([(acc * (1 - acc) / size).mean(0) ** 0.5 for acc in accs])
@@ -468,7 +501,7 @@ def tradeoff(runs):
             for bar in bars[2]:
                 bar.set_alpha(0.3)
             for (x, y), weight in zip(points, lines[name]):
-                if not any(weight):
+                if weight == (0, 0):
                     ax.plot(x, y, color="white", marker=looks[name]["marker"], markersize=8, zorder=4,
                             markeredgecolor=looks[name]["color"], markeredgewidth=1.8)
         low, high = np.concatenate(ends).min(0), np.concatenate(ends).max(0)
@@ -486,14 +519,16 @@ def tradeoff(runs):
         heights = np.maximum.accumulate(heights - gap * np.arange(len(order))) + gap * np.arange(len(order))
         heights = np.minimum(heights, 1 - gap * np.arange(len(order))[::-1])
         for i, height in zip(order, heights):
-            text = lambda_label(next(iter(list(lines[name].values())[i])).args)
+            weight, group = list(lines[name].items())[i]
+            text = lambda_label(group[0].args) if len(weight) > 1 else f"β = {weight[0]:g}"
             ax.annotate(text, points[i], (1.02, height), "data", "axes fraction", va="center", fontsize=10,
                         arrowprops=dict(arrowstyle="-", color="0.45", linewidth=0.8, shrinkA=0, shrinkB=5))
     if len(lines) > 1:
         fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
     used = [run for points in lines.values() for group in points.values() for run in group]
+    over_beta = any(len(weight) == 1 for points in lines.values() for weight in points)
     fig.suptitle(f"{both(run.results['dataset'] for run in used)}: clean against robust accuracy over the weight λ of "
-                 "the distillation")
+                 "the distillation" + ", and over β without it" * over_beta)
     sizes, seeds = both(run.args["val_size"] for run in used), both(run.results["seed"] for run in used)
     fig.supxlabel(f"{sizes} validation images, best epoch;  bars: ± one standard error;  hollow: λ = 0, the base "
                   f"alone;  seed {seeds}" + ": means" * ("/" in seeds), fontsize=10)
@@ -655,8 +690,31 @@ def examples(runs):
     return fig
 
 
+def save(figure, path, lines=True):
+    """`lines`: a drawing of few colours, which takes a third of the bytes where it says which."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+        if lines:
+            Image.open(path).convert("RGB").quantize(256, dither=0).save(path)
+    except OSError as error:
+        raise data.UserError(f"{path} cannot be written: {error}") from None
+    print(f"wrote {path}", flush=True)
+
+
+def draw_sweep(path, out):
+    """The trade-offs of a csv, one figure for each data set."""
+    for dataset, runs in rows_of_sweep(path).items():
+        if isinstance(figure := tradeoff(runs), str):
+            raise data.UserError(f"{path}, {dataset}: {figure}")
+        save(figure, out / f"tradeoff_{dataset}.png")
+
+
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
+    if len(args.runs) == 1 and args.runs[0].endswith(".csv"):
+        draw_sweep(args.runs[0], Path(args.out or "figures"))
+        raise SystemExit(0)
     if not args.runs or len(args.labels or args.runs) != len(args.runs):
         raise data.UserError(f"name one to {len(COLORS)} folders of runs, and as many --labels or none")
     runs = [Run(path) for path in args.runs]
@@ -676,11 +734,4 @@ if __name__ == "__main__":
         if isinstance(figure, str):
             print("warning: " * (draw is examples) + f"no {path.name}: {figure}", flush=True)
             continue
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path)
-            if draw not in (sample_weights, loss_surface, examples):  # lines need few colours: a third of the bytes
-                Image.open(path).convert("RGB").quantize(256, dither=0).save(path)
-        except OSError as error:
-            raise data.UserError(f"{path} cannot be written: {error}") from None
-        print(f"wrote {path}", flush=True)
+        save(figure, path, lines=draw not in (sample_weights, loss_surface, examples))

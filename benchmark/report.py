@@ -14,7 +14,7 @@ What stands between a marker and `<!-- end -->` belongs to this program:
     <!-- cost: speed_abnn -->            milliseconds a step, from results/speed_abnn.json of benchmark/speed.py
     <!-- ratio: speed_abnn; A; B -->     A over B of these, inside a sentence or a row
     <!-- scale: scale -->                samples a second and memory of the runs in results/scale.csv
-    <!-- sweep: vfd_adv_sweep digits --> validation accuracy, clean and robust, by lambda and base
+    <!-- sweep: vfd_adv_sweep digits --> validation accuracy, clean and robust, by base, pair and lambda
     <!-- summary: digits -->             the rows of SUMMARY, of all methods; also `cifar10 reduced`
     <!-- value: afa digits; AFA; worst -->   one number, inside a sentence or a row
 
@@ -190,19 +190,22 @@ def scale(source):
 
 
 def sweep(source):
-    found = {}
+    lines, order = [], sorted(NAMES["vfd_adv"].values(), key=lambda name: (name[:2] != "AT", "MART" in name, len(name)))
     for rows in read(source).values():
-        weight, base = (re.search(rf"--{flag} (\S+)", rows[0]["setting"]) for flag in ("lambda-adv", "base"))
-        if not weight:
+        setting = rows[0]["setting"]
+        weights = [float(weight) for weight in re.findall(r"--lambda-\S+ (\S+)", setting)]
+        if len(weights) < 2:
             continue
-        base = base[1].upper() if base else "AT"
-        for column in ("clean", "robust"):
-            found[float(weight[1]), f"{base}, {column}"] = cell(rows, f"val_{column}")
-    order = [f"{base}, {column}" for base in ("AT", "TRADES", "MART") for column in ("clean", "robust")]
-    shown = [column for column in order if any(column == c for _, c in found)]
-    lines = [[f"{weight:g}", f"{weight / LAMBDA_0:g}", *(found.get((weight, column), "") for column in shown)]
-             for weight in sorted({weight for weight, _ in found})]
-    return grid(["lambda (both)", "in units of lambda_0", *shown], lines)
+        # The name is that of the setting with the usual weights, where these are not 0.
+        plain = re.sub(r" ?--((beta|val-size|test-size) \S+|lambda-\S+ (?!0\.0\b)\S+)", "", setting).strip()
+        name, beta = name_of("vfd_adv", plain or "default"), "".join(re.findall(r"--beta (\S+)", setting))
+        shown = [f"{max(weights):g}", f"{max(weights) / LAMBDA_0:g}", len(rows)]
+        shown += [cell(rows, f"val_{kind}") for kind in ("clean", "robust")]
+        place = order.index(name) if name in order else len(order)
+        key = place, name, float(beta or "inf"), max(weights)
+        lines.append((key, [name + f", beta {beta}" * bool(beta), *shown]))
+    head = ["", "lambda", "in units of lambda_0", "seeds", "clean", "robust"]
+    return grid(head, [line for _, line in sorted(lines)])
 
 
 def summary(source):

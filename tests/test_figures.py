@@ -333,23 +333,53 @@ def numbers_of_vfd(low, high, at):
 
 
 def test_lines_of_the_tradeoff(tmp_path):
-    """Seeds are averaged; another base, beta or distance is another line, and the base alone is in all of its own."""
+    """Seeds are averaged; another base, beta, distance or pair is another line; the base alone is in all of its own."""
     changes = [dict(weight=0.0, accs=(0.7, 0.6), teacher=False), dict(weight=0.0, accs=(0.8, 0.4), seed=2),
                dict(), dict(lambda_nat=0.0), dict(distance="cosine"), dict(base="trades", beta=6.0),
-               dict(base="trades", beta=6.0, weight=0.0), dict(base="trades", beta=3.0)]
+               dict(base="trades", beta=6.0, weight=0.0), dict(base="trades", beta=3.0, weight=0.0)]
     runs = runs_of(*(make_vfd(tmp_path / str(i), **more) for i, more in enumerate(changes)))
     lines = figures.lines_over_lambda([*runs, *runs_of(make_vfd(tmp_path / "mart", base="mart"))])
     points = {name: {at: len(group) for at, group in line.items()} for name, line in lines.items()}
-    assert points == {"AT, distance mse": {(0, 0): 2, (0.64, 0): 1, (0.64, 0.64): 1},
-                      "AT, distance cosine": {(0, 0): 2, (0.64, 0.64): 1}, "TRADES": {(0, 0): 1, (0.64, 0.64): 1}}
+    assert points == {
+        "AT, distance mse": {(0, 0): 2, (0.64, 0.64): 1}, "AT, distance cosine": {(0, 0): 2, (0.64, 0.64): 1},
+        "AT, adversarial pair, distance mse": {(0, 0): 2, (0.64, 0): 1},
+        "TRADES": {(0, 0): 1, (0.64, 0.64): 1}, "TRADES, over β": {(3,): 1, (6,): 1}}  # fmt: skip
     with matplotlib.rc_context():
         together, *alone = figures.tradeoff(runs).axes
-        assert [ax.get_title() for ax in alone] == [*points] and len(together.containers) == 3
+        titles = [ax.get_title() for ax in alone]
+        assert set(titles) == {*points} and titles[-1] == "TRADES, over β" and len(together.containers) == 5
         assert np.allclose(alone[0].containers[0].lines[0].get_xydata()[0], [75, 50])
-        assert "λ adv. 0.64, nat. 0" in [text.get_text() for text in alone[0].texts]
-        heights = sorted(text.xyann[1] for text in alone[0].texts)
+        assert {"λ adv. 0.64, nat. 0", "β = 3"} < {text.get_text() for ax in alone for text in ax.texts}
+        heights = sorted(text.xyann[1] for text in alone[-1].texts)
         assert min(np.diff(heights)) > 0.08 and 0 <= heights[0] and heights[-1] <= 1  # two of the points are one
         plt.close("all")
+
+
+def test_tradeoff_of_a_csv(draw, tmp_path):
+    """A sweep's rows are enough: its runs may be gone. Presets fill in what the commands leave out."""
+    head = "script,dataset,setting,seed,checkpoint,val_clean,val_robust,command"
+    flags = {"at 0": "--lambda-adv 0 --lambda-nat 0", "at 1": "--lambda-adv 1 --lambda-nat 1 --data-on host",
+             "trades": "--base trades --lambda-adv 0 --lambda-nat 0 --beta 6",
+             "beta": "--base trades --lambda-adv=0 --lambda-nat=0 --beta 2"}
+    rows = [f"vfd_adv,digits,{k},{seed},best,{0.5 + seed / 10},0.{i + 1},torchrun -m x vfd_adv.py --seed {seed} {v}"
+            for i, (k, v) in enumerate(flags.items()) for seed in (1, 2)]
+    csv = tmp_path / "sweep.csv"
+    csv.write_text("\n".join([head, *rows]))
+    (runs,) = figures.rows_of_sweep(csv).values()
+    means = {name: {at: np.mean([[*run.val.values()] for run in group], 0).round(3).tolist()
+                    for at, group in line.items()} for name, line in figures.lines_over_lambda(runs).items()}
+    assert means == {"AT": {(0, 0): [0.65, 0.1], (1, 1): [0.65, 0.2]},
+                     "TRADES, over β": {(2,): [0.65, 0.4], (6,): [0.65, 0.3]}}
+    done = draw(csv, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["tradeoff_digits.png"]
+    csv.write_text("\n".join([head, rows[0].replace("--lambda-nat 0", "")]))
+    refused(draw(csv), "without the weights", str(csv))
+    csv.write_text("\n".join([head, rows[0]]))
+    refused(draw(csv), "no two runs", str(csv))
+    csv.write_text("\n".join([head.replace("val_", ""), rows[0]]))
+    refused(draw(csv), "no sweep", str(csv))
+    refused(draw(tmp_path / "none.csv"), "no sweep", "none.csv")
 
 
 def make_abnn(folder, **changes):

@@ -160,11 +160,15 @@ def test_curves_and_sweep(made_up):
     made_up("afa", [{"setting": "default", "pgd20@0": 0.9, "pgd20@16": 0.1, "w=0 pgd20@0": 1.0, "w=0 pgd20@16": 0.0}])
     assert report.curve("afa digits").splitlines() == [
         "| eps/255 | 0 | 16 |", "| - | - | - |", "| AFA | 90.0 | 10.0 |", "| AFA, w=0 | 100.0 | 0.0 |"]
-    made_up("vfd_adv_sweep", [dict(setting=f"{base}--lambda-adv {w} --lambda-nat {w}", val_clean=0.9, val_robust=v)
-                              for base, w, v in (("", 0.0, 0.8), ("", 0.64, 0.7), ("--base mart ", 0.64, 0.6))])
-    head, _, *rows = report.sweep("vfd_adv_sweep digits").splitlines()
-    assert head.endswith("| AT, clean | AT, robust | MART, clean | MART, robust |")
-    assert rows == ["| 0 | 0 | 90.0 | 80.0 |  |  |", "| 0.64 | 0.1 | 90.0 | 70.0 | 90.0 | 60.0 |"]
+    runs = {"--base mart --lambda-adv 0.64 --lambda-nat 0.64": 0.6, "--lambda-adv 6.4 --lambda-nat 6.4": 0.5,
+            "--lambda-adv 0.64 --lambda-nat 0.0": 0.4, "--test-size 1 --lambda-adv 0.64 --lambda-nat 0.64": 0.7,
+            "--base trades --beta 2.0 --lambda-adv 0.0 --lambda-nat 0.0": 0.3, "--lambda-adv 0.0 --lambda-nat 0.0": 0.8,
+            "default": 0.1}  # the last is no part of a sweep: which weights it had is not said
+    made_up("vfd_adv_sweep", [dict(setting=k, val_clean=0.9, val_robust=v) for k, v in runs.items()])
+    assert report.sweep("vfd_adv_sweep digits").splitlines()[2:] == [
+        "| AT | 0 | 0 | 1 | 90.0 | 80.0 |", "| AT + VFD | 0.64 | 0.1 | 1 | 90.0 | 70.0 |",
+        "| AT + VFD | 6.4 | 1 | 1 | 90.0 | 50.0 |", "| AT, adversarial pair | 0.64 | 0.1 | 1 | 90.0 | 40.0 |",
+        "| TRADES, beta 2.0 | 0 | 0 | 1 | 90.0 | 30.0 |", "| MART + VFD | 0.64 | 0.1 | 1 | 90.0 | 60.0 |"]
 
 
 def test_table_of_attackers_from_results_json(tmp_path, made_up):

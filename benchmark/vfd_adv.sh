@@ -66,6 +66,8 @@ commands() {
                 short+=" --teacher-epochs 10 --base $base"
                 echo python vfd_adv.py $short --lambda-adv 0 --lambda-nat 0
                 echo python vfd_adv.py $short
+                # lambda_0: what sweep-cifar10 finds best.
+                [[ $part = svhn ]] || echo python vfd_adv.py $short --lambda-adv 6.4 --lambda-nat 6.4
             done
         done
         ;;

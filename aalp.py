@@ -352,6 +352,7 @@ if __name__ == "__main__":
     if not run:
         unused = ["step_size"] * (args.eps == 0) + ["dropout_ratio", "dropout_prob"] * (args.guided_dropout == "none")
         unused += ["dropout_label"] * (args.guided_dropout in ("none", "random"))
+        unused += ["sample_weight"] * (args.pairing_weight == 0 and "sample_weight" not in preset)
         data.refuse_unused(args, *unused)
     data.check(args, pairing_weight=(0, math.inf), dropout_ratio=(0, 1), dropout_prob=(0, 1))
 

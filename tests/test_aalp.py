@@ -494,6 +494,7 @@ def test_the_control_of_what_is_no_run_is_refused(tiny, tmp_path, capsys):
 REFUSED = {
     "--dropout-prob 1.5": "--dropout-prob must be at most 1",
     "--method alp --dropout-prob 0.9": "--dropout-prob would do nothing here: leave it out",
+    "--method at --sample-weight clean": "--sample-weight would do nothing here",
     "--guided-dropout random --dropout-label predicted": "--dropout-label would do nothing here",
     "--dropout-ratio -1": "--dropout-ratio must be at least 0",
     "--pairing-weight -1": "--pairing-weight must be at least 0",

@@ -45,7 +45,9 @@ commands() {
             for weight in 0 0.064 0.192 0.64 1.92 6.4 19.2; do
                 echo python vfd_adv.py $short --lambda-adv $weight --lambda-nat $weight
             done
-            # Controls: what a trade-off is without a teacher, and the pair that brings no clean image to the student.
+            # Controls: twice the epochs, a trade-off without a teacher, and each pair alone: the adversarial one brings
+            # no clean image to the student.
+            echo python vfd_adv.py ${short/--epochs 18/--epochs 36} --lambda-adv 0 --lambda-nat 0
             for beta in "" "--beta 2" "--beta 1"; do  # 6 if left out
                 echo python vfd_adv.py $short --base trades $beta --lambda-adv 0 --lambda-nat 0
             done

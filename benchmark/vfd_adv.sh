@@ -63,14 +63,19 @@ commands() {
         # AT ends with one class for everything, and with a rate that rises along with eps in every other seed.
         [[ $part = svhn ]] && schedule="9 --milestones 12 16" || schedule=3
         for seed in ${SEEDS:-1 2 3}; do
+            short="--dataset $part --seed $seed $reduced --eps-warmup-epochs $schedule --epochs 18 --teacher-epochs 10"
             for base in at trades mart; do
-                short="--dataset $part --seed $seed $reduced --eps-warmup-epochs $schedule --epochs 18"
-                short+=" --teacher-epochs 10 --base $base"
-                echo python vfd_adv.py $short --lambda-adv 0 --lambda-nat 0
-                echo python vfd_adv.py $short
-                # lambda_0: what sweep-cifar10 finds best.
-                [[ $part = svhn ]] || echo python vfd_adv.py $short --lambda-adv 6.4 --lambda-nat 6.4
+                echo python vfd_adv.py $short --base $base --lambda-adv 0 --lambda-nat 0
+                echo python vfd_adv.py $short --base $base
             done
+            [[ $part = cifar10 ]] || continue
+            # With lambda_0, which gains most clean accuracy in sweep-cifar10, and the controls from there.
+            for base in at trades mart; do
+                echo python vfd_adv.py $short --base $base --lambda-adv 6.4 --lambda-nat 6.4
+            done
+            echo python vfd_adv.py $short --lambda-adv 6.4 --lambda-nat 0
+            echo python vfd_adv.py $short --base trades --beta 2 --lambda-adv 0 --lambda-nat 0
+            echo python vfd_adv.py ${short/--epochs 18/--epochs 36} --lambda-adv 0 --lambda-nat 0
         done
         ;;
     gpu)

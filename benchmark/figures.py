@@ -466,7 +466,8 @@ def lines_over_lambda(runs):
     named = {}
     lines = [(dict(key + own), pair, dict(sorted(points.items()))) for (key, own, pair), points in lines.items()
              if len(points) > 1]
-    for line, pair, points in sorted(lines, key=lambda line: ["at", "trades", "mart"].index(line[0]["base"])):
+    bases = ["at", "trades", "mart"]
+    for line, pair, points in sorted(lines, key=lambda line: (bases.index(line[0]["base"]), line[1])):
         rivals = [rival for rival, *_ in lines if rival["base"] == line["base"]]
         varying = [f"{k} {v}" for k, v in line.items() if len({rival.get(k, v) for rival in rivals}) > 1]
         named[", ".join([line["base"].upper(), *[pair] * bool(pair), *varying])] = points
@@ -482,7 +483,8 @@ def tradeoff(runs):
     panels = panels if len(lines) == 1 else [list(lines), *panels]  # all for the comparison, and each close up
     columns = {1: 1, 2: 2, 4: 2}.get(len(panels), 3)
     rows = -(-len(panels) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(13, 1.2 + (4.6 if rows > 1 else 5.8) * rows), squeeze=False)
+    fig, axes = plt.subplots(rows, columns, squeeze=False,
+                             figsize=(16 if columns > 2 else 13, 1.2 + (4.6 if rows > 1 else 5.8) * rows))
     for ax in axes.flat[len(panels):]:
         ax.remove()
     looks = {name: dict(color=COLORS[i % 7], marker=MARKERS[i % 7]) for i, name in enumerate(lines)}
@@ -530,8 +532,10 @@ def tradeoff(runs):
     fig.suptitle(f"{both(run.results['dataset'] for run in used)}: clean against robust accuracy over the weight λ of "
                  "the distillation" + ", and over β without it" * over_beta)
     sizes, seeds = both(run.args["val_size"] for run in used), both(run.results["seed"] for run in used)
+    numbers = sorted({len(group) for points in lines.values() for group in points.values()})
+    means = f": means of {' to '.join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))}"
     fig.supxlabel(f"{sizes} validation images, best epoch;  bars: ± one standard error;  hollow: λ = 0, the base "
-                  f"alone;  seed {seeds}" + ": means" * ("/" in seeds), fontsize=10)
+                  f"alone;  seed {seeds}" + means * ("/" in seeds), fontsize=10)
     return fig
 
 

@@ -45,7 +45,11 @@ NAMES = {
                 for base, flags in (("AT", ""), ("TRADES", "--base trades"), ("MART", "--base mart"))
                 for what, weights in ((" + VFD", ""), (", adversarial pair", " --lambda-nat 0.0"),
                                       (", clean pair", " --lambda-adv 0.0"), ("", " --lambda-adv 0.0 --lambda-nat 0.0"),
-                                      (" + logits", " --distill logits"))},
+                                      (" + logits", " --distill logits"),
+                                      (" + VFD, lambda_0", " --lambda-adv 6.4 --lambda-nat 6.4"),
+                                      (", adversarial pair, lambda_0", " --lambda-adv 6.4 --lambda-nat 0.0"))}
+    | {"--epochs 36 --lambda-adv 0.0 --lambda-nat 0.0": "AT, 36 epochs",
+       "--base trades --beta 2.0 --lambda-adv 0.0 --lambda-nat 0.0": "TRADES, beta 2"},
     "abnn": {"default": "ABNN", "--moments batch": "ABNN, batch moments", "--statistics channel": "ABNN, channel",
              "--statistics channel --moments batch": "ABNN, channel, batch moments",
              "--statistics flat": "ABNN, flat", "--statistics flat --moments batch": "ABNN, flat, batch moments",

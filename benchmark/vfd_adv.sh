@@ -76,6 +76,7 @@ commands() {
             echo python vfd_adv.py $short --lambda-adv 6.4 --lambda-nat 0
             echo python vfd_adv.py $short --base trades --beta 2 --lambda-adv 0 --lambda-nat 0
             echo python vfd_adv.py ${short/--epochs 18/--epochs 36} --lambda-adv 0 --lambda-nat 0
+            echo python vfd_adv.py ${short/--epochs 18/--epochs 36} --lambda-adv 6.4 --lambda-nat 6.4
         done
         ;;
     gpu)

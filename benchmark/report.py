@@ -48,8 +48,8 @@ NAMES = {
                                       (" + logits", " --distill logits"),
                                       (" + VFD, lambda_0", " --lambda-adv 6.4 --lambda-nat 6.4"),
                                       (", adversarial pair, lambda_0", " --lambda-adv 6.4 --lambda-nat 0.0"))}
-    | {"--epochs 36 --lambda-adv 0.0 --lambda-nat 0.0": "AT, 36 epochs",
-       "--epochs 36 --lambda-adv 6.4 --lambda-nat 6.4": "AT + VFD, lambda_0, 36 epochs",
+    | {"--epochs 36 --lambda-adv 0.0 --lambda-nat 0.0": "AT, twice the epochs",
+       "--epochs 36 --lambda-adv 6.4 --lambda-nat 6.4": "AT + VFD, lambda_0, twice the epochs",
        "--base trades --beta 2.0 --lambda-adv 0.0 --lambda-nat 0.0": "TRADES, beta 2"},
     "abnn": {"default": "ABNN", "--moments batch": "ABNN, batch moments", "--statistics channel": "ABNN, channel",
              "--statistics channel --moments batch": "ABNN, channel, batch moments",

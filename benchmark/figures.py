@@ -492,8 +492,7 @@ def tradeoff(runs):
         ends = []
         for name in names:
             # (points, 2): means over the seeds. All seeds see the same images: their number makes no error smaller.
-            accs = [np.array([[*run.val.values()] for run in group])
-                    for group in lines[name].values()]
+            accs = [np.array([[*run.val.values()] for run in group]) for group in lines[name].values()]
             size = next(iter(lines[name].values()))[0].args["val_size"]
             error = 100 * np.array([(acc * (1 - acc) / size).mean(0) ** 0.5 for acc in accs])
             points = 100 * np.array([acc.mean(0) for acc in accs])
@@ -695,7 +694,7 @@ def examples(runs):
 
 
 def save(figure, path, lines=True):
-    """`lines`: a drawing of few colours, which takes a third of the bytes where it says which."""
+    """Write the figure; with `lines` as a picture of few colours, which takes a third of the bytes."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)

@@ -121,7 +121,8 @@ def cell(rows, column):
     values = [scale * float(row[column]) for row in rows if row.get(column)]
     digits = 2 if scale == 1 else 1
     spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{spread}" if values else ""
+    some = f" ({len(values)} of {len(rows)})" * (len(values) < len(rows))
+    return f"{mean(values):.{digits}f}{spread}{some}" if values else ""
 
 
 def grid(head, lines):

@@ -374,12 +374,15 @@ def device(name):
     try:
         if distributed.world() > 1 and name == "cuda":
             name = f"cuda:{os.environ['LOCAL_RANK']}"
-        found = torch.zeros(1, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.item()  # a device without numbers, as meta, is none to train on
+        found = probe.device
         if found.type == "cuda":  # the current one too, or torch.compile would take memory on the first
             torch.cuda.set_device(found)
         return found
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0].split(". ")[0]  # torch goes on about all its backends
+        raise UserError(f"--device {name} cannot be used: {reason}") from None
 
 
 def to_device(net, device):

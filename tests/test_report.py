@@ -91,11 +91,11 @@ def test_check_finds_a_number_that_was_changed_by_hand(tmp_path):
 
 
 def test_means_over_seeds_names_and_gaps(made_up):
-    made_up("afa", [dict(setting="default", worst=0.1, clean=0.9), dict(setting="default", worst=0.3, clean=0.9),
+    made_up("afa", [dict(setting="default", worst=0.1, clean=0.9), dict(setting="default", worst=0.3, clean=""),
                     dict(setting="--lr 0.2", worst=0.5, clean=""), dict(setting="default", worst=1, checkpoint="last"),
                     dict(setting="--train-size 7", worst=0.7), dict(setting="default", dataset="svhn-unofficial")])
     assert report.table("afa digits").splitlines()[2:] == [
-        "| AFA |  | 2 | 20.0 ± 14.1 | 90.0 ± 0.0 |", "| --lr 0.2 |  | 1 | 50.0 |  |"]
+        "| AFA |  | 2 | 20.0 ± 14.1 | 90.0 (1 of 2) |", "| --lr 0.2 |  | 1 | 50.0 |  |"]
     assert report.table("afa digits reduced").splitlines()[2:] == ["| --train-size 7 |  | 1 | 70.0 |"]
     assert "| AFA (unofficial files) |" in report.table("afa svhn")
     assert report.render("table", "afa cifar10") == report.render("table", "abnn digits") == "\n*not yet measured*\n"

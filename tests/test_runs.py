@@ -409,6 +409,7 @@ REFUSED = {
     "--test-size 2000": "--test-size 2000: digits has from 1 to 1000",
     "--device cuda:77": "--device cuda:77 cannot be used",
     "--device gpu": "--device gpu cannot be used",
+    "--device meta": "--device meta cannot be used",
     "--resume /nowhere": "there is no checkpoint /nowhere",
     "--resume=": "--resume and --eval-only take a run's folder, and were given an empty name",
     "--eval-only /nowhere/best.pt": "there is no checkpoint /nowhere/best.pt",

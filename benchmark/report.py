@@ -198,13 +198,14 @@ def scale(source):
 def sweep(source):
     lines, order = [], sorted(NAMES["vfd_adv"].values(), key=lambda name: (name[:2] != "AT", "MART" in name, len(name)))
     for rows in read(source).values():
-        setting = rows[0]["setting"]
-        weights = [float(weight) for weight in re.findall(r"--lambda-\S+ (\S+)", setting)]
+        flags = flags_of(rows[0]["setting"])
+        weights = [float(flag.split()[1]) for flag in flags if flag.startswith("--lambda-")]
         if len(weights) < 2:
             continue
         # The name is that of the setting with the usual weights, where these are not 0.
-        plain = re.sub(r" ?--((beta|val-size|test-size) \S+|lambda-\S+ (?!0\.0\b)\S+)", "", setting).strip()
-        name, beta = name_of("vfd_adv", plain or "default"), "".join(re.findall(r"--beta (\S+)", setting))
+        plain = [flag for flag in flags if not re.match(r"--(beta|val-size|test-size|lambda-\S+ (?!0\.0$))", flag)]
+        name = name_of("vfd_adv", " ".join(plain) or "default")
+        beta = "".join(flag.split()[1] for flag in flags if flag.startswith("--beta "))
         shown = [f"{max(weights):g}", f"{max(weights) / LAMBDA_0:g}", len(rows)]
         shown += [cell(rows, f"val_{kind}") for kind in ("clean", "robust")]
         place = order.index(name) if name in order else len(order)

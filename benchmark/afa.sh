@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The runs behind docs/afa.md, one command a row. Runs that results/afa.csv has already are skipped.
-#   bash benchmark/afa.sh          embedded data: about half an hour on two CPU cores
+#   bash benchmark/afa.sh          embedded data: two hours on two CPU cores
 #   bash benchmark/afa.sh cifar10  reduced CIFAR-10, for one CPU core: 7,000 images, a small network, 3 attack steps
 #   bash benchmark/afa.sh svhn     reduced SVHN, likewise, with eps rising for half of the epochs at the full rate
 #   bash benchmark/afa.sh gpu      full size, for a GPU
@@ -21,6 +21,10 @@ commands() {
             echo python afa.py --seed $seed
             echo python afa.py --seed $seed --bn single --epochs 16
             echo python afa.py --seed $seed --bn single --eps 0
+            # Other readings of the gate and its training.
+            echo python afa.py --seed $seed --gate layer
+            echo python afa.py --seed $seed --finetune all
+            echo python afa.py --seed $seed --harden 0
         done
         ;;
     cifar10 | svhn)

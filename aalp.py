@@ -46,7 +46,7 @@ class Args:
     resume: str | None = None  # continue the run in this folder, with its own arguments
     eval_only: str | None = None  # evaluate the run in this folder, or one .pt file; writes eval.json beside it
     # --- Data
-    train_size: int | None = None  # training images, of a fixed permutation those after val_size (None: all)
+    train_size: int | None = None  # training images: in a fixed permutation those after the first val_size (None: all)
     val_size: int = 1000  # validation images, held out of the training split
     test_size: int | None = None  # test images (None: all, of digits 500)
     data_on: Literal["auto", "device", "host"] = "auto"  # where training data are kept; auto: host above 60 % of a GPU
@@ -56,7 +56,7 @@ class Args:
     epochs: int | None = None  # passes over the training images
     batch_size: int = 128  # images a step
     lr: float | None = None  # peak learning rate of SGD with Nesterov momentum 0.9
-    milestones: tuple[int, ...] | None = None  # epochs after which lr falls to a tenth, as 75 90; none: one cycle
+    milestones: tuple[int, ...] | None = None  # epochs after which lr falls to a tenth, e.g. 75 90; none: one cycle
     weight_decay: float = 5e-4  # L2 penalty on all weights
     # --- Threat model
     eps: data.Pixels = 8 / 255  # radius of the attacks. 0: undefended network
@@ -161,15 +161,15 @@ class PreActResNet(nn.Module):
 
 
 # --- Method
-# paper        here                    meaning
-# x, x'        x, x_adv                an image, and its PGD example
-# z, z'        z, z_adv                their logits (N, classes)
-# f            features                pooled features (N, d), input of the last linear layer, whose weights are W
-# c            contributions           what each feature adds to the logit of the class (N, d)
+# paper        here                       meaning
+# x, x'        x, x_adv                   an image, and its PGD example
+# z, z'        z, z_adv                   their logits (N, C), C classes
+# f            features                   pooled features (N, d), input of the last linear layer, whose weights are W
+# c            contributions              what each feature adds to the logit of the class (N, d)
 # r, p         args.dropout_ratio, _prob  share of the features selected, and how likely each of these is zeroed
-# lambda, w    args.pairing_weight, w  weight of the pairing, and its factor for each sample
-# O1, O2       concentration, conflicts  the paper's two observations
-# D1, D2, ...  docs/aalp.md            our decisions where the abstract leaves the choice open
+# lambda, w    args.pairing_weight, w     weight of the pairing, and its factor for each sample
+# O1, O2       concentration, conflicts   the paper's two observations
+# D1, D2, ...  docs/aalp.md               our decisions where the abstract leaves the choice open
 
 
 def contributions(features, weight, y):
@@ -235,46 +235,6 @@ def aalp_loss(z, z_adv, y, w, args):
     return loss, terms
 
 
-def concentration(c):
-    """O1, of contributions (N, d): how few features carry the class.
-
-    n50 (N,): how many features contribute more than half of the largest contribution. n90 (N,): the fewest features
-    that make up 90 % of the sum of positive contributions.
-    """
-    c = c.clamp_min(0)
-    sums = c.sort(1, descending=True).values.cumsum(1)
-    n90 = (sums < 0.9 * sums[:, -1:]).sum(1) + (sums[:, -1] > 0)
-    return {"n50": (c > 0.5 * c.amax(1, keepdim=True)).sum(1), "n90": n90}
-
-
-def observe(net, x, y, eps, args):
-    """O1 and O2 on images (N, 3, H, W), in eval mode, and on their PGD-10 examples, as numbers: counts of features, and
-    shares of samples.  [D5]"""
-    x_adv = pgd10(net, x, y, eps, args.norm)
-    result, logits = {}, []
-    for kind, images in (("clean", x), ("adv", x_adv)):
-        with torch.no_grad():
-            maps = net.maps(images)
-            logits.append(net.fc(maps.mean((2, 3))))
-            c_maps = net.fc.weight[y][:, :, None, None] * maps / maps[0, 0].numel()  # their sums are those of features
-        for level, c in (("features", c_maps.sum((2, 3))), ("map", c_maps.flatten(1))):
-            result |= {f"{k}_{level}_{kind}": v.float().mean().item() for k, v in concentration(c).items()}
-    lambda_w = args.pairing_weight * sample_weights(*logits, y, args)
-    g_ce, g_lp = logit_gradients(*logits, y, lambda_w[:, None])
-    products = {"logits": ((g_ce * g_lp).sum(1), g_ce.square().sum(1))}
-    params, rows = [p for p in net.parameters() if p.requires_grad], []
-    for i in range(min(len(x), 64)):  # one at a time: gradients of samples, not of their mean
-        z = net.fc(net.features(torch.stack([x[i], x_adv[i]])))
-        ce, pairing = F.cross_entropy(z, y[i].repeat(2)), lambda_w[i] * (z[0] - z[1]).square().mean()
-        g_ce, g_lp = (torch.cat([g.flatten() for g in torch.autograd.grad(v, params, retain_graph=v is ce)])
-                      for v in (ce, pairing))
-        rows.append(torch.stack([g_ce @ g_lp, g_ce @ g_ce]))
-    products["parameters"] = torch.stack(rows, 1)
-    for level, (ce_lp, ce_ce) in products.items():
-        result |= {f"{k}_{level}": v.float().mean().item() for k, v in conflicts(ce_lp, ce_ce).items()}
-    return result
-
-
 def control(run, dataset):
     """lambda * mean(w) of a finished AALP run on the same data set.  [D6]"""
     try:
@@ -316,6 +276,46 @@ def evaluate(net, x, y, eps, norm, others=(), batch_size=None):
         alive["transfer"] = torch.stack(masks).all(0)
     alive = {"worst": torch.stack([*alive.values()]).all(0), **alive}
     return {name: mask.sum().item() / len(y) for name, mask in alive.items()}
+
+
+def concentration(c):
+    """O1, of contributions (N, d): how few features carry the class.
+
+    n50 (N,): how many features contribute more than half of the largest contribution. n90 (N,): the fewest features
+    that make up 90 % of the sum of positive contributions.
+    """
+    c = c.clamp_min(0)
+    sums = c.sort(1, descending=True).values.cumsum(1)
+    n90 = (sums < 0.9 * sums[:, -1:]).sum(1) + (sums[:, -1] > 0)
+    return {"n50": (c > 0.5 * c.amax(1, keepdim=True)).sum(1), "n90": n90}
+
+
+def observe(net, x, y, eps, args):
+    """O1 and O2 on images (N, 3, H, W), in eval mode, and on their PGD-10 examples, as numbers: counts of features, and
+    shares of samples.  [D5]"""
+    x_adv = pgd10(net, x, y, eps, args.norm)
+    result, logits = {}, []
+    for kind, images in (("clean", x), ("adv", x_adv)):
+        with torch.no_grad():
+            maps = net.maps(images)
+            logits.append(net.fc(maps.mean((2, 3))))
+            c_maps = net.fc.weight[y][:, :, None, None] * maps / maps[0, 0].numel()  # their sums are those of features
+        for level, c in (("features", c_maps.sum((2, 3))), ("map", c_maps.flatten(1))):
+            result |= {f"{k}_{level}_{kind}": v.float().mean().item() for k, v in concentration(c).items()}
+    lambda_w = args.pairing_weight * sample_weights(*logits, y, args)
+    g_ce, g_lp = logit_gradients(*logits, y, lambda_w[:, None])
+    products = {"logits": ((g_ce * g_lp).sum(1), g_ce.square().sum(1))}
+    params, rows = [p for p in net.parameters() if p.requires_grad], []
+    for i in range(min(len(x), 64)):  # one at a time: gradients of samples, not of their mean
+        z = net.fc(net.features(torch.stack([x[i], x_adv[i]])))
+        ce, pairing = F.cross_entropy(z, y[i].repeat(2)), lambda_w[i] * (z[0] - z[1]).square().mean()
+        g_ce, g_lp = (torch.cat([g.flatten() for g in torch.autograd.grad(v, params, retain_graph=v is ce)])
+                      for v in (ce, pairing))
+        rows.append(torch.stack([g_ce @ g_lp, g_ce @ g_ce]))
+    products["parameters"] = torch.stack(rows, 1)
+    for level, (ce_lp, ce_ce) in products.items():
+        result |= {f"{k}_{level}": v.float().mean().item() for k, v in conflicts(ce_lp, ce_ce).items()}
+    return result
 
 
 def measure(net, x, y, eps, args):
@@ -360,16 +360,14 @@ if __name__ == "__main__":
     device = data.device(args.device)
     d = data.load_as(args, device, state=state if run else None)
     x_val, y_val, x_test, y_test = data.to_float(d.val.x), d.val.y, data.to_float(d.test.x), d.test.y
-    data.tune(False)  # no tuning yet: evaluation has batches of many sizes
     torch.manual_seed(args.seed)
     net = data.to_device(net if run else build(args, len(d.classes)), device)
     if args.compile:
         net.compile(dynamic=False)  # a graph for each batch size: one for all sizes would be slower
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, nesterov=True, fused=True,
                                 weight_decay=args.weight_decay)
-    x_seen, y_seen = data.to_float(d.train.x[:256].to(device)), d.train.y[:256]  # where training is watched  [D5]
+    x_seen, y_seen = data.to_float(d.train.x[:256].to(device)), d.train.y[:256]  # from the training split  [D5]
     steps = data.steps_per_epoch(len(d.train.y), args.batch_size, shared=not args.eval_only)
-    per_epoch = steps * min(args.batch_size, len(d.train.y))  # images
     majority = y_val.bincount().max().item() / len(y_val)
     eps_test = args.eps or usual_eps(args.norm)  # an undefended network is tested like the others
 
@@ -417,7 +415,8 @@ if __name__ == "__main__":
                 net.train()
                 # Both halves in one batch: they share the BatchNorm statistics, as in the code of ALP's authors.
                 logits, features = net(torch.cat([x, x_adv]), return_features=True)
-                z, z_adv = masked, masked_adv = logits.float().chunk(2)  # one pair, until dropout makes another
+                z, z_adv = logits.float().chunk(2)
+                masked, masked_adv = z, z_adv  # until dropout makes another pair
                 w = sample_weights(z, z_adv, y, args)
                 if args.guided_dropout != "none":
                     label = y if args.dropout_label == "true" else z.argmax(1)
@@ -456,15 +455,15 @@ if __name__ == "__main__":
             progress["history"].setdefault(k, []).append(v)
         x_few, y_few, step = x_val[:256], y_val[:256], (epoch + 1) * steps
         x_adv = pgd10(net, x_few, y_few, eps_test, args.norm)
-        scalars |= {"charts/images_per_second": per_epoch / seconds, "charts/epoch_seconds": time.time() - started,
-                    "charts/learning_rate": optimizer.param_groups[0]["lr"]}
+        scalars |= {"charts/images_per_second": steps * min(args.batch_size, len(d.train.y)) / seconds,
+                    "charts/epoch_seconds": time.time() - started, "charts/learning_rate": factor * args.lr}
         scalars |= {f"val/{k}": v for k, v in val.items()}
         scalars |= {f"attack/{k}": v for k, v in attack_metrics(net, x_few, y_few, x_adv).items()}
         scalars |= {f"aalp/{k}": v for k, v in seen.items()}
         writer.add_histogram("aalp/sample_weights", weights, step)  # under one tag it would hide the scalar
         data.log_epoch(writer, bar, f"epoch {epoch + 1}/{args.epochs}", step, scalars, attack_images(x_few, x_adv), d)
         progress.update(epoch=epoch + 1, train_seconds=progress["train_seconds"] + seconds)
-        if score > progress["best"] or progress["best"] <= 0:  # while no epoch counts, the latest
+        if score > progress["best"] or progress["best"] <= 0:  # until an epoch counts, the latest
             progress["best"] = score
             checkpoint("best.pt")
         checkpoint("last.pt")  # last of all: a run that dies before this repeats the epoch and finds all in place

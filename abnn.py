@@ -28,21 +28,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common import data, distributed
-from common.pgd import (
-    above,
-    attack_images,
-    attack_metrics,
-    frame_mask,
-    in_a_pass,
-    likeliest_wrong,
-    masked_attack,
-    pgd,
-    pgd10,
-    robustness_curve,
-    survivors,
-    unbroken,
-    universal,
-)
+from common.pgd import above, attack_images, attack_metrics, frame_mask, in_a_pass, likeliest_wrong
+from common.pgd import masked_attack, pgd, pgd10, robustness_curve, survivors, unbroken, universal
 
 SCRIPT = Path(__file__).stem
 
@@ -62,7 +49,7 @@ class Args:
     resume: str | None = None  # continue the run in this folder, with its own arguments
     eval_only: str | None = None  # evaluate the run in this folder, or one .pt file; writes eval.json beside it
     # --- Data
-    train_size: int | None = None  # for training, of a fixed permutation those after val_size (None: all)
+    train_size: int | None = None  # for training: in a fixed permutation, those after the first val_size (None: all)
     val_size: int = 1000  # validation images or clips, held out of the training split
     test_size: int | None = None  # test images or clips (None: all)
     data_on: Literal["auto", "device", "host"] = "auto"  # where training data are kept; auto: host above 60 % of a GPU
@@ -75,7 +62,7 @@ class Args:
     epochs: int | None = None  # passes over the training data
     batch_size: int | None = None  # images or clips a step
     lr: float | None = None  # peak learning rate of SGD with Nesterov momentum 0.9; the maps M have a tenth
-    milestones: tuple[int, ...] | None = None  # epochs after which lr falls to a tenth, as 75 90; none: one cycle
+    milestones: tuple[int, ...] | None = None  # epochs after which lr falls to a tenth, e.g. 75 90; none: one cycle
     weight_decay: float | None = None  # L2 penalty on all weights
     # --- Threat model
     eps: data.Pixels | None = None  # radius of PGD, in adversarial training and in the test
@@ -123,8 +110,8 @@ PRESETS = {
     "ucf101": {"fast": UCF101, "paper": {**UCF101, "frames": 40, "batch_size": 8, "test_size": None}},
 }
 SIDES = {"tiny-imagenet": 64, "ucf101": 112}  # pixels a side; of the others 32
-# Side of ROA's square, width of AF's frame, number of SPA's pixels at --attack-strength 1: the authors' 30, 5 and 100
-# of 112 pixels, and in proportion for smaller images, except where an undefended network withstands them.  [D6]
+# Side of ROA's square, width of AF's frame, number of SPA's pixels at --attack-strength 1: for 112x112 the authors' 30,
+# 5 and 100, and in proportion for smaller images; larger where an undefended network withstands that.  [D6]
 ATTACK_SIZES = {"digits": (14, 2, 64), "moving-digits": (9, 1, 32), "ucf101": (30, 5, 100),
                 "tiny-imagenet": (17, 3, 33)}  # of the others (9, 1, 16)
 PRETRAINED = {"imagenet": ("resnet18", "ResNet18_Weights.IMAGENET1K_V1"),
@@ -209,8 +196,7 @@ class GroupNet(nn.Module):
         mean, std = {"resnet18": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # those of the pretraining data
                      "r3d18": ((0.432, 0.395, 0.376), (0.228, 0.221, 0.217))}.get(arch, ([0.5], [0.25]))
         for name, value in (("mean", mean), ("std", std)):
-            shape = (1, -1, 1, 1, 1) if video else (1, -1, 1, 1)
-            self.register_buffer(name, torch.tensor(value).view(shape), persistent=False)
+            self.register_buffer(name, torch.tensor(value).view(1, -1, *[1] * (2 + video)), persistent=False)
         if arch == "conv3d":
             channels = [3, *((width or 8) * multiple for multiple in (1, 2, 4, 8, 8))]
             layers = zip(channels, channels[1:], [(1, 2, 2), 1, (1, 2, 2), 2, 2])
@@ -316,10 +302,8 @@ class AdaptiveBN(nn.Module):
         """z (N, C, [frames,] h, w) of T and s (N, C_s, [frames,] h_s, w_s) of S to features of the shape of z."""
         mean_c, var_c = channel_moments(s)
         mean, std = mean_std(mean_c, var_c, s[0, 0].numel(), self.moments)
-        if self.statistics == "channel":  # statistics in the usual sense of the word, and a few % of the weights  [D2]
-            f = torch.cat([mean_c, root(var_c)], 1)
-        else:
-            f = s.flatten(1)
+        # channel: statistics in the usual sense of the word, and a few % of the weights  [D2]
+        f = s.flatten(1) if self.statistics == "flat" else torch.cat([mean_c, root(var_c)], 1)
         gamma, beta = F.linear(self.factor * f, self.weight, self.bias).chunk(2, 1)  # to scale f is cheaper
         # gamma (std u + mean) + beta as one multiplication and one addition of the large tensor u = BN(z).
         scale, shift = (v.to(z.dtype).view(-1, z.shape[1], *[1] * (z.ndim - 2))
@@ -349,11 +333,13 @@ class ABNN(nn.Module):
                 z, s = group(z), tap(s)
                 self.norms.append(AdaptiveBN(z.shape[1], s.shape[1:], args.statistics, args.moments, args.equalised))
         self.train()
-        self.substitute.requires_grad_(False), self.twin.requires_grad_(False)
+        self.substitute.requires_grad_(False)
+        self.twin.requires_grad_(False)
 
     def train(self, mode=True):
         super().train(mode)
-        self.substitute.eval(), self.twin.eval()
+        self.substitute.eval()
+        self.twin.eval()
         return self
 
     def forward(self, x, detach=False, record=None):
@@ -377,7 +363,7 @@ def distance(record):
 
 
 def training_loss(net, x, y, args, rise=1.0, generator=None):
-    """Loss of a batch, its terms unweighted, and the logits.  [D1]
+    """Loss of a batch, its terms unweighted, and the logits; net in training mode.  [D1]
 
     Cross-entropy on clean images (`none`, `abnn`), or on PGD examples within rise * eps (`at`).
     """
@@ -386,7 +372,6 @@ def training_loss(net, x, y, args, rise=1.0, generator=None):
         step_size = args.step_size or 2.5 * args.eps / args.attack_steps
         x = pgd(net, x, y, eps=rise * args.eps, step_size=rise * step_size, steps=args.attack_steps,
                 norm=args.norm, generator=generator)
-    if not net.training:  # this walks through all modules: without an attack that is no small part of a step
         net.train()
     record = []
     logits = net(x, record=record) if args.defense == "abnn" and args.align_weight else net(x)
@@ -409,6 +394,7 @@ def optimizer_of(net, args):
 def train_epoch(net, optimizer, d, args, epoch, bar=None):
     """Train for an epoch; its randomness follows from (seed, epoch). Means of losses and accuracy, {tag: number}."""
     data.tune(True)  # searching for fast convolutions pays in training, with its few batch sizes
+    net.train()
     sums, steps = defaultdict(float), data.steps_per_epoch(len(d.train.y), args.batch_size)
     # With several processes each draws noise of its own.
     generator = torch.Generator(d.train.y.device).manual_seed(distributed.seed(2_000_003 * args.seed + epoch))
@@ -440,7 +426,7 @@ def train_epoch(net, optimizer, d, args, epoch, bar=None):
     return data.means(sums, epoch, args.lr)
 
 
-# From here to `build`: where S, and the T that training starts from, come from. Who reads for the method may skip it.
+# Where S, and the T that training starts from, come from. To understand the method, go on at `build`.
 
 
 def pretrained(name, classes):
@@ -465,8 +451,7 @@ def clean_network(args, d, device):
     if distributed.agree(path.exists()):
         return load(path, device)[0]
     torch.manual_seed(args.seed)
-    net = pretrained(start, len(d.classes)) if start else build(args, len(d.classes))
-    net = data.to_device(net, device)
+    net = data.to_device(pretrained(start, len(d.classes)) if start else build(args, len(d.classes)), device)
     if args.compile:
         net.compile(dynamic=False)
     optimizer = optimizer_of(net, args)
@@ -526,7 +511,8 @@ def assemble(net, args, d, device, substitute):
         substitute = clean_network(args_s, data.load_as(args_s, device), device)
     net.substitute.load_state_dict({k: v for k, v in substitute.state_dict().items() if not k.startswith("fc.")})
     clean = clean_network(args, d, device).state_dict()
-    net.target.load_state_dict(clean), net.twin.load_state_dict(clean)
+    net.target.load_state_dict(clean)
+    net.twin.load_state_dict(clean)
 
 
 def build(args, classes):
@@ -559,9 +545,9 @@ def evaluate(net, x, y, eps, norm, others=(), batch_size=None):
     return {name: mask.sum().item() / len(y) for name, mask in alive.items()}
 
 
-# Every attack is PGD; what differs is the mask and the bound. With steps=0 each is its control without a gradient:
-# noise in the ball, a grey square, a frame of noise, black pixels.  [D6]
-PHYSICAL = ("pgd", "roa", "roa_search", "af", "af_universal", "spa")
+# Kinds of attack. Each is PGD; what differs is the mask and the bound. With steps=0 each is its control without a
+# gradient: noise in the ball, a grey square, a frame of noise, black pixels.  [D6]
+KINDS = ("pgd", "roa", "roa_search", "af", "af_universal", "spa")
 
 
 def sizes(args):
@@ -572,7 +558,7 @@ def sizes(args):
 
 
 def craft(name, source, x, y, args, generator, **how):
-    """x_adv for x (N, 3, [frames,] H, W) by one of PHYSICAL on the model `source`: in the ball, or in a mask.  [D6]"""
+    """x_adv for x (N, 3, [frames,] H, W) by one of KINDS on the model `source`: in the ball, or in a mask.  [D6]"""
     if name == "pgd":
         return pgd(source, x, y, eps=args.eps, step_size=args.eps / 4, norm=args.norm, generator=generator,
                    **{"steps": 20, **how})
@@ -603,7 +589,7 @@ def evaluate_threats(net, x, y, known, args):
     clean = survivors(net, x, y, eps=0, steps=0)
     table, warnings = {"worst": {"clean": clean.sum().item() / len(y)}}, []
     everything = clean
-    for name in data.track(PHYSICAL, "attackers"):
+    for name in data.track(KINDS, "kinds of attack"):
         alive = {}
         for row, (source, how) in rows.items():
             if name == "roa_search" and row == "no gradient":
@@ -636,9 +622,9 @@ def verdict(table, classes):
     clean = table["worst"]["clean"]
     if clean <= 1.5 / classes:
         return f"right on {clean:.3f} without an attack, hardly more than by guessing: there is nothing to defend"
-    broken = [name for name in PHYSICAL if table["worst"][name] <= 0.02]
+    broken = [name for name in KINDS if table["worst"][name] <= 0.02]
     if not broken:
-        least = min(table["worst"][name] for name in PHYSICAL)
+        least = min(table["worst"][name] for name in KINDS)
         return f"in the worst case over all attackers at least {least:.3f} is left under each attack"
     shown = [row for row in table if row[:2] in ("A ", "B ") and any(table[row][name] > 0.1 for name in broken)]
     return (f"nothing is left in the worst case of {', '.join(broken)}"
@@ -646,12 +632,14 @@ def verdict(table, classes):
                "robustness" if shown else ""))
 
 
-def measure(net, x, y, eps, args):
-    """PGD-20 accuracy against eps: of the network, of threat model A, and of the twin."""
+def measure(net, x, y, known, args, classes):
+    """What each attacker leaves; PGD-20 accuracy against eps of the network, under threat model A, and of the twin."""
     models = {"model": net}
     if isinstance(net, ABNN):
         models |= {"A": partial(net, detach=True), "twin": net.twin}
-    return {name: robustness_curve(model, x, y, eps, args.norm) for name, model in models.items()}
+    threats, warnings = evaluate_threats(net, x, y, known, args)
+    return {"curves": {name: robustness_curve(model, x, y, args.eps, args.norm) for name, model in models.items()},
+            "threats": threats, "warnings": warnings, "verdict": verdict(threats, classes), "sizes": sizes(args)}
 
 
 def load(run, device="cpu", name="best.pt"):
@@ -673,11 +661,10 @@ if __name__ == "__main__":
         args = tyro.cli(Args, description=__doc__, default=own)  # again: flags given now override the run's own
         data.check_same(args, own, state, free_in_test=["attack_strength"])
     given, video = args, args.dataset in data.VIDEO
-    unused = ["frames", "split"] * (not video) + ["step_size"] * (args.defense != "at")
-    if args.defense != "abnn":
-        unused += ["substitute", "substitute_arch", "substitute_width", "statistics", "moments", "equalised",
-                   "align_weight"]
     if not run:
+        unused = ["frames", "split"] * (not video) + ["step_size"] * (args.defense != "at")
+        unused += ["substitute", "substitute_arch", "substitute_width", "statistics", "moments", "equalised",
+                   "align_weight"] * (args.defense != "abnn")
         data.refuse_unused(args, *unused)
     args = replace(args, **{k: v for k, v in PRESETS[args.dataset][args.preset].items() if getattr(args, k) is None})
     data.check(args, eps=(1e-9, math.inf), frames=(1, math.inf), clean_epochs=(1, math.inf),
@@ -694,12 +681,10 @@ if __name__ == "__main__":
     device = data.device(args.device)
     d = data.load_as(args, device, state=state if run else None)
     # Both stay uint8; floats are made of a few at a time: of all ucf101 test clips they would take up to 23 GB.
-    x_val, y_val = d.val
+    (x_val, y_val), (x_test, y_test) = d.val, d.test
     if video:
         x_val = data.centre_clips(x_val, args.frames, SIDES.get(args.dataset, 32))
-    x_test, y_test = d.test
     few = min(256, 2 * in_a_pass(x_val))  # samples to watch training with
-    data.tune(False)  # no tuning yet: evaluation has batches of many sizes
     torch.manual_seed(args.seed)
     net = data.to_device(net if run else build(args, len(d.classes)), device)
     if not run and args.defense == "abnn":
@@ -710,9 +695,7 @@ if __name__ == "__main__":
         net.compile(dynamic=False)  # a graph for each batch size: one for all sizes would be slower
     optimizer = optimizer_of(net, args)
     steps = data.steps_per_epoch(len(d.train.y), args.batch_size, shared=not args.eval_only)
-    per_epoch = steps * min(args.batch_size, len(d.train.y))  # samples
     majority = y_val.bincount().max().item() / len(y_val)
-    eps_test = args.eps
 
     # The run's folder.
     progress = dict(epoch=0, best=-1.0, train_seconds=0.0, history={})
@@ -748,13 +731,14 @@ if __name__ == "__main__":
         by_robust = args.defense == "at"
         n = None if by_robust else few
         clean = survivors(net, x_val, y_val, eps=0, steps=0)
-        robust = survivors(net, x_val[:n], y_val[:n], clean[:n], eps=eps_test, steps=10, norm=args.norm)
+        robust = survivors(net, x_val[:n], y_val[:n], clean[:n], eps=args.eps, steps=10, norm=args.norm)
         val = {k: mask.sum().item() / len(mask) for k, mask in (("clean_acc", clean), ("robust_acc", robust))}
         # Predicting one class for everything resists all attacks but is no classifier.
         score = val["robust_acc" if by_robust else "clean_acc"] if val["clean_acc"] > majority + 0.01 else 0.0
         x_few, y_few, step = data.to_float(x_val[:few]), y_val[:few], (epoch + 1) * steps
-        x_adv = pgd10(net, x_few, y_few, eps_test, args.norm)
-        scalars |= {"charts/images_per_second": per_epoch / seconds, "charts/epoch_seconds": time.time() - started,
+        x_adv = pgd10(net, x_few, y_few, args.eps, args.norm)
+        scalars |= {"charts/images_per_second": steps * min(args.batch_size, len(d.train.y)) / seconds,
+                    "charts/epoch_seconds": time.time() - started,
                     "charts/learning_rate": optimizer.param_groups[0]["lr"]}
         scalars |= {f"val/{k}": v for k, v in val.items()}
         scalars |= {f"attack/{k}": v for k, v in attack_metrics(net, x_few, y_few, x_adv).items()}
@@ -766,7 +750,7 @@ if __name__ == "__main__":
                 progress["history"].setdefault(f"distance_{kind}", []).append(scalars[f"abnn/distance_{kind}"])
         data.log_epoch(writer, bar, f"epoch {epoch + 1}/{args.epochs}", step, scalars, attack_images(x_few, x_adv), d)
         progress.update(epoch=epoch + 1, train_seconds=progress["train_seconds"] + seconds)
-        if score > progress["best"] or progress["best"] <= 0:  # while no epoch counts, the latest
+        if score > progress["best"] or progress["best"] <= 0:  # until an epoch counts, the latest
             progress["best"] = score
             checkpoint("best.pt")
         checkpoint("last.pt")  # last of all: a run that dies before this repeats the epoch and finds all in place
@@ -774,21 +758,19 @@ if __name__ == "__main__":
 
     # Final evaluation: the test split, for the first and only time.
     data.tune(False, exact=True)
-    print(f"testing on {len(y_test)} {d.kind} at eps {255 * eps_test:g}/255, hundreds of steps each ...", flush=True)
+    print(f"testing on {len(y_test)} {d.kind} at eps {255 * args.eps:g}/255, hundreds of steps each ...", flush=True)
     table, others = {}, transfer_models(net, args)
     for names, state in data.checkpoints(args.eval_only or run_dir, SCRIPT):  # the best, then the last
         net.load_state_dict(state["net"])
         if not table:  # what the method is about: of the best alone
-            curves = measure(net, x_test, y_test, eps_test, args)
             known = data.to_float(x_val[: min(100, few)]), y_val[: min(100, few)]
-            threats, warnings = evaluate_threats(net, x_test, y_test, known, args)
-        row = evaluate(net, x_test, y_test, eps_test, args.norm, others)
+            method = measure(net, x_test, y_test, known, args, len(d.classes))
+        row = evaluate(net, x_test, y_test, args.eps, args.norm, others)
         table |= dict.fromkeys(names, {"epoch": state["epoch"], **row})  # the best may be the last
-    method = {"threats": threats, "warnings": warnings, "verdict": verdict(threats, len(d.classes)), "curves": curves,
-              "history": state["history"], "sizes": sizes(args)}
-    columns, end = ("clean", *PHYSICAL, "all"), state["epoch"] * steps
+    method["history"], threats = state["history"], method["threats"]
+    columns, end = ("clean", *KINDS, "all"), state["epoch"] * steps
     lines = [(args.defense, *columns), *((k, *(row.get(name, "") for name in columns)) for k, row in threats.items()),
-             (), *((f"warning: {w}",) for w in warnings), (method["verdict"],)]
+             (), *((f"warning: {w}",) for w in method["warnings"]), (method["verdict"],)]
     points = [(f"test/{name.replace(' ', '_')}_{k}", v, end) for name, row in threats.items() for k, v in row.items()]
-    data.publish(args, run_dir, writer, d, info, eps_test, state, table, method, lines, points)
+    data.publish(args, run_dir, writer, d, info, args.eps, state, table, method, lines, points)
     distributed.finish()

@@ -45,7 +45,7 @@ class Args:
     resume: str | None = None  # continue the run in this folder, with its own arguments
     eval_only: str | None = None  # evaluate the run in this folder, or one .pt file; writes eval.json beside it
     # --- Data
-    train_size: int | None = None  # training images, of a fixed permutation those after val_size (None: all)
+    train_size: int | None = None  # training images: in a fixed permutation those after the first val_size (None: all)
     val_size: int = 1000  # validation images, held out of the training split
     test_size: int | None = None  # test images (None: all, of digits 500)
     data_on: Literal["auto", "device", "host"] = "auto"  # where training data are kept; auto: host above 60 % of a GPU
@@ -55,7 +55,7 @@ class Args:
     epochs: int | None = None  # epochs of adversarial training, stage 1
     batch_size: int = 128  # images a step
     lr: float | None = None  # peak learning rate of SGD with Nesterov momentum 0.9
-    milestones: tuple[int, ...] | None = None  # epochs after which lr falls to a tenth, as 75 90; none: one cycle
+    milestones: tuple[int, ...] | None = None  # epochs after which lr falls to a tenth, e.g. 75 90; none: one cycle
     weight_decay: float = 5e-4  # L2 penalty on all weights
     # --- Threat model
     eps: data.Pixels = 8 / 255  # radius of the attacks; to AFA the largest strength. 0: undefended network
@@ -261,11 +261,6 @@ class AFANet(PreActResNet):
         return self.fc(self.features(x, w, record))
 
 
-def build(args, classes):
-    """The network, untrained: `load` fills it from a checkpoint."""
-    return AFANet(args, classes)
-
-
 def stage2_attack(net, x, y, args, generator):
     """Examples of every strength: a quarter of the batch at eps 0, a quarter at eps_max, half uniform between.  [D3]
 
@@ -288,6 +283,11 @@ def stage2_attack(net, x, y, args, generator):
             x_adv[i] = pgd(model, x[i], y[i], eps=eps[i], step_size=2.5 / steps * eps[i], steps=steps,
                            norm=args.norm, loss="margin", generator=generator)
     return x_adv
+
+
+def build(args, classes):
+    """The network, untrained: `load` fills it from a checkpoint."""
+    return AFANet(args, classes)
 
 
 # --- Evaluation
@@ -315,14 +315,11 @@ def evaluate(net, x, y, eps, norm, others=(), batch_size=None):
     return {name: mask.sum().item() / len(y) for name, mask in alive.items()}
 
 
-def frozen_models(net, args):
-    """Models to attack instead, where the gate cannot interfere: w frozen at 0, 1/2 and 1.  [D5]"""
-    return [partial(net, w=w) for w in (0.0, 0.5, 1.0)] if args.bn == "dual" else []
-
-
 def transfer_models(net, args):
-    """What the column `transfer` is crafted on, in the test and in benchmark/audit.py."""
-    return frozen_models(net, args) if args.fusion == "learned" else []
+    """What the column `transfer` is crafted on, in the test and in benchmark/audit.py: w frozen at 0, 1/2 and 1, where
+    the gate cannot interfere.  [D5]"""
+    learned = args.bn == "dual" and args.fusion == "learned"
+    return [partial(net, w=w) for w in (0.0, 0.5, 1.0)] if learned else []
 
 
 @torch.no_grad()
@@ -344,7 +341,7 @@ def measure(net, x, y, eps, args, constant=None):
 
     `constant` (1, layers) are weights that are the same for every image, to compare predicted ones with.  [D8]
     """
-    models = {"model": net} | {f"w={m.keywords['w']:g}": m for m in frozen_models(net, args)}
+    models = {"model": net} | {f"w={w:g}": partial(net, w=w) for w in (0.0, 0.5, 1.0) if args.bn == "dual"}
     curves = {name: robustness_curve(model, x, y, eps, args.norm) for name, model in models.items()}
     if args.bn == "dual":  # the oracle is told eps and takes the best of the three: the bar for a learned weight
         curves["oracle"] = {k: max(curves[name][k] for name in curves if name != "model") for k in curves["model"]}
@@ -357,9 +354,8 @@ def measure(net, x, y, eps, args, constant=None):
     for name, model in models.items():
         records = []
         for e in result["strengths"]:
-            x_adv = pgd10(model, x, y, e, args.norm)
-            model(x_adv, record=(record := []))
-            records.append(record)
+            records.append([])
+            model(pgd10(model, x, y, e, args.norm), record=records[-1])
         layers = [torch.stack([s.mean(0) for s, _ in layer]).cpu() for layer in zip(*records)]  # (9, 2, C)
         # Spearman's rho with eps, of n = 9 values without ties: 1 - 6 sum d^2 / (n (n^2 - 1)), d = rank differences.
         order = torch.arange(9)[:, None, None]
@@ -406,7 +402,6 @@ if __name__ == "__main__":
     device = data.device(args.device)
     d = data.load_as(args, device, state=state if run else None)
     x_val, y_val, x_test, y_test = data.to_float(d.val.x), d.val.y, data.to_float(d.test.x), d.test.y
-    data.tune(False)  # no tuning yet: evaluation has batches of many sizes
     torch.manual_seed(args.seed)
     net = data.to_device(net if run else build(args, len(d.classes)), device)
     if args.compile:
@@ -420,7 +415,6 @@ if __name__ == "__main__":
         optimizers[2] = torch.optim.Adam([dict(params=gate, peak=args.gate_lr), *slow])
     stages = [1] * args.epochs + [2] * (args.gate_epochs if learned else 0)
     steps = data.steps_per_epoch(len(d.train.y), args.batch_size, shared=not args.eval_only)
-    per_epoch = steps * min(args.batch_size, len(d.train.y))  # images
     majority = y_val.bincount().max().item() / len(y_val)
     eps_test = args.eps or usual_eps(args.norm)  # an undefended network is tested like the others
 
@@ -509,7 +503,8 @@ if __name__ == "__main__":
         score = score if val["clean_acc"] > majority + 0.01 else 0.0
         x_few, y_few, step = x_val[:256], y_val[:256], (epoch + 1) * steps
         x_adv = pgd10(model, x_few, y_few, eps_test, args.norm)
-        scalars |= {"charts/images_per_second": per_epoch / seconds, "charts/epoch_seconds": time.time() - started,
+        scalars |= {"charts/images_per_second": steps * min(args.batch_size, len(d.train.y)) / seconds,
+                    "charts/epoch_seconds": time.time() - started,
                     "charts/learning_rate": optimizers[stage].param_groups[0]["lr"]}
         scalars |= {f"val/{k}": v for k, v in val.items()}
         scalars |= {f"attack/{k}": v for k, v in attack_metrics(model, x_few, y_few, x_adv).items()}
@@ -520,7 +515,7 @@ if __name__ == "__main__":
                 writer.add_histogram(f"afa/weights_{kind}", weights, step)  # under one tag it would hide the scalar
         data.log_epoch(writer, bar, f"epoch {epoch + 1}/{len(stages)}", step, scalars, attack_images(x_few, x_adv), d)
         progress.update(epoch=epoch + 1, train_seconds=progress["train_seconds"] + seconds)
-        if stage == stages[-1] and (score > progress["best"] or progress["best"] <= 0):  # while none counts, the latest
+        if stage == stages[-1] and (score > progress["best"] or progress["best"] <= 0):  # until one counts, the latest
             progress["best"] = score
             checkpoint("best.pt")
         checkpoint("last.pt")  # last of all: a run that dies before this repeats the epoch and finds all in place

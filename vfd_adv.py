@@ -45,7 +45,7 @@ class Args:
     resume: str | None = None  # continue the run in this folder, with its own arguments
     eval_only: str | None = None  # evaluate the run in this folder, or one .pt file; writes eval.json beside it
     # --- Data
-    train_size: int | None = None  # training images, of a fixed permutation those after val_size (None: all)
+    train_size: int | None = None  # training images: in a fixed permutation those after the first val_size (None: all)
     val_size: int = 1000  # validation images, held out of the training split
     test_size: int | None = None  # test images (None: all, of digits 500)
     data_on: Literal["auto", "device", "host"] = "auto"  # where training data are kept; auto: host above 60 % of a GPU
@@ -55,7 +55,7 @@ class Args:
     epochs: int | None = None  # passes over the training images
     batch_size: int = 128  # images a step
     lr: float | None = None  # peak learning rate of SGD with Nesterov momentum 0.9
-    milestones: tuple[int, ...] | None = None  # epochs after which lr falls to a tenth, as 75 90; none: one cycle
+    milestones: tuple[int, ...] | None = None  # epochs after which lr falls to a tenth, e.g. 75 90; none: one cycle
     weight_decay: float = 5e-4  # L2 penalty on all weights
     # --- Threat model
     eps: data.Pixels = 8 / 255  # radius of the attacks. 0: undefended network
@@ -171,6 +171,7 @@ class PreActResNet(nn.Module):
 # P            projection              linear map from d to D where they differ, otherwise the identity
 # beta         args.beta               weight of the base's own regulariser
 # lambda       args.lambda_adv, _nat   weights of the two pairs
+# lambda_0     unit, in the main part  the unit of these weights: D/C if features are paired by mse, otherwise 1
 # D1, D2, ...  docs/vfd_adv.md         our decisions where the abstract leaves the choice open
 
 
@@ -276,6 +277,36 @@ def load_teacher(path, args, classes, device):
     return data.to_device(teacher, device).eval().requires_grad_(False), state
 
 
+def build(args, classes):
+    """The network, untrained: `load` fills it from a checkpoint."""
+    return PreActResNet(args.arch, args.width, classes)
+
+
+# --- Evaluation
+
+ATTACKS = {  # columns of the final table, as settings of survivors()
+    "fgsm": dict(steps=1, relative_step=1.0, random_start=False),
+    "pgd20": dict(steps=20),
+    "pgd50_margin": dict(steps=50, loss="margin", restarts=5),  # robustness to cross-entropy alone is no evidence
+    "targeted": dict(steps=20, targets=9),  # towards each of the nine likeliest wrong classes
+}
+
+
+def evaluate(net, x, y, eps, norm, others=(), batch_size=None):
+    """Accuracies of the final table, from counts over all of x. First `worst`, their per-example minimum.
+
+    `others` are models to transfer from: the column `transfer` is PGD-20 with both losses on each of them.
+    """
+    clean = survivors(net, x, y, eps=0, steps=0, batch_size=batch_size)
+    attack = partial(survivors, net, x, y, clean, eps=eps, norm=norm, batch_size=batch_size)
+    alive = {"clean": clean, **{name: attack(**settings) for name, settings in data.track(ATTACKS.items(), "attacks")}}
+    if others:
+        masks = [attack(steps=20, loss=loss, source=other) for other in others for loss in ("ce", "margin")]
+        alive["transfer"] = torch.stack(masks).all(0)
+    alive = {"worst": torch.stack([*alive.values()]).all(0), **alive}
+    return {name: mask.sum().item() / len(y) for name, mask in alive.items()}
+
+
 def compare(net, projection, teacher, x, y, eps, args):
     """How far S's outputs (N, d) for x and for PGD-10's x' are from T's (N, D) for x, in eval mode, as numbers.  [D6]
 
@@ -311,43 +342,15 @@ def usefulness(features, features_adv, y, classes):
     return {"clean": clean.abs().tolist(), "adv": (adv * clean.sign()).tolist()}
 
 
-def build(args, classes):
-    """The network, untrained: `load` fills it from a checkpoint."""
-    return PreActResNet(args.arch, args.width, classes)
-
-
-# --- Evaluation
-
-ATTACKS = {  # columns of the final table, as settings of survivors()
-    "fgsm": dict(steps=1, relative_step=1.0, random_start=False),
-    "pgd20": dict(steps=20),
-    "pgd50_margin": dict(steps=50, loss="margin", restarts=5),  # robustness to cross-entropy alone is no evidence
-    "targeted": dict(steps=20, targets=9),  # towards each of the nine likeliest wrong classes
-}
-
-
-def evaluate(net, x, y, eps, norm, others=(), batch_size=None):
-    """Accuracies of the final table, from counts over all of x. First `worst`, their per-example minimum.
-
-    `others` are models to transfer from: the column `transfer` is PGD-20 with both losses on each of them.
-    """
-    clean = survivors(net, x, y, eps=0, steps=0, batch_size=batch_size)
-    attack = partial(survivors, net, x, y, clean, eps=eps, norm=norm, batch_size=batch_size)
-    alive = {"clean": clean, **{name: attack(**settings) for name, settings in data.track(ATTACKS.items(), "attacks")}}
-    if others:
-        masks = [attack(steps=20, loss=loss, source=other) for other in others for loss in ("ce", "margin")]
-        alive["transfer"] = torch.stack(masks).all(0)
-    alive = {"worst": torch.stack([*alive.values()]).all(0), **alive}
-    return {name: mask.sum().item() / len(y) for name, mask in alive.items()}
-
-
 def measure(net, projection, teacher, x, y, eps, args):
     """Accuracy against the strength of the attack; usefulness of the features and distances to T on test images."""
     result = {"curves": {"model": robustness_curve(net, x, y, eps, args.norm)}, "usefulness": {}}
     if teacher is not None:
         result["teacher"] = {"test_clean": survivors(teacher, x, y, eps=0, steps=0).sum().item() / len(y)}
     x, y = x[:1000], y[:1000]
-    for name, model in (("teacher", teacher), ("student", net)) if teacher is not None else (("student", net),):
+    for name, model in (("teacher", teacher), ("student", net)):
+        if model is None:
+            continue
         x_adv = torch.cat([pgd10(model, *part, eps, args.norm) for part in zip(x.split(250), y.split(250))])
         with torch.no_grad():
             features = [torch.cat([model.features(part) for part in v.split(250)]) for v in (x, x_adv)]
@@ -377,7 +380,7 @@ if __name__ == "__main__":
         data.check_same(args, own, state)
     else:
         unused = ["step_size"] * (args.eps == 0) + ["beta"] * (args.base == "at")
-        plain = args.lambda_adv == args.lambda_nat == 0  # of a --teacher the distance is measured even so
+        plain = args.lambda_adv == args.lambda_nat == 0  # the distance to a --teacher is measured even so
         unused += ["distill"] * (plain and args.teacher is None) + ["distance"] * plain
         if args.teacher is not None:
             unused += ["teacher_arch", "teacher_width", "teacher_epochs", "teacher_lr"]
@@ -417,9 +420,8 @@ if __name__ == "__main__":
             teacher.compile(dynamic=False)
     optimizer = torch.optim.SGD([*net.parameters(), *projection.parameters()], args.lr, momentum=0.9,
                                 nesterov=True, fused=True, weight_decay=args.weight_decay)
-    x_seen, y_seen = data.to_float(d.train.x[:256].to(device)), d.train.y[:256]  # where training is watched  [D6]
+    x_seen, y_seen = data.to_float(d.train.x[:256].to(device)), d.train.y[:256]  # from the training split  [D6]
     steps = data.steps_per_epoch(len(d.train.y), args.batch_size, shared=not args.eval_only)
-    per_epoch = steps * min(args.batch_size, len(d.train.y))  # images
     majority = y_val.bincount().max().item() / len(y_val)
     clean_pass = args.base != "at" or args.lambda_nat > 0 or args.clean_pass != "auto"
     eps_test = args.eps or usual_eps(args.norm)  # an undefended network is tested like the others
@@ -436,10 +438,10 @@ if __name__ == "__main__":
             data.save(run_dir / "teacher.pt", teacher_state)  # resuming needs it, and the cache may be emptied
 
     def checkpoint(name):
-        state = dict(script=SCRIPT, args=asdict(args), data=d.name, classes=len(d.classes),
-                     processes=distributed.world(), net=net.state_dict(), optimizer=optimizer.state_dict(),
-                     projection=projection.state_dict())
-        data.save(run_dir / name, state | progress)
+        data.save(run_dir / name, dict(script=SCRIPT, args=asdict(args), data=d.name, classes=len(d.classes),
+                                       processes=distributed.world(), net=net.state_dict(),
+                                       optimizer=optimizer.state_dict(),
+                                       projection=projection.state_dict(), **progress))
 
     info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, **data.environment(device))
     Writer = distributed.Silent if distributed.rank() or args.eval_only else SummaryWriter
@@ -519,14 +521,14 @@ if __name__ == "__main__":
             progress["history"].setdefault(k, []).append(v)
         x_few, y_few, step = x_val[:256], y_val[:256], (epoch + 1) * steps
         x_adv = pgd10(net, x_few, y_few, eps_test, args.norm)
-        scalars |= {"charts/images_per_second": per_epoch / seconds, "charts/epoch_seconds": time.time() - started,
-                    "charts/learning_rate": optimizer.param_groups[0]["lr"]}
+        scalars |= {"charts/images_per_second": steps * min(args.batch_size, len(d.train.y)) / seconds,
+                    "charts/epoch_seconds": time.time() - started, "charts/learning_rate": factor * args.lr}
         scalars |= {f"val/{k}": v for k, v in val.items()}
         scalars |= {f"attack/{k}": v for k, v in attack_metrics(net, x_few, y_few, x_adv).items()}
         scalars |= {f"vfd/{k}": v for k, v in seen.items()}
         data.log_epoch(writer, bar, f"epoch {epoch + 1}/{args.epochs}", step, scalars, attack_images(x_few, x_adv), d)
         progress.update(epoch=epoch + 1, train_seconds=progress["train_seconds"] + seconds)
-        if score > progress["best"] or progress["best"] <= 0:  # while no epoch counts, the latest
+        if score > progress["best"] or progress["best"] <= 0:  # until an epoch counts, the latest
             progress["best"] = score
             checkpoint("best.pt")
         checkpoint("last.pt")  # last of all: a run that dies before this repeats the epoch and finds all in place

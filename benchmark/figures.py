@@ -679,7 +679,7 @@ def examples(runs):
         rows = {"clean": x, "adversarial": x_adv, "10 x difference": (0.5 + 10 * (x_adv - x)).clamp(0, 1)}
         if hasattr(module, "craft"):  # the attacks within a mask, too
             generator = torch.Generator().manual_seed(0)
-            rows |= {k: module.craft(k, net, x, y, args, generator) for k in module.PHYSICAL[1:] if k != "af_universal"}
+            rows |= {k: module.craft(k, net, x, y, args, generator) for k in module.KINDS[1:] if k != "af_universal"}
         axes = part.subplots(len(rows), len(x), squeeze=False, subplot_kw=dict(xticks=[], yticks=[], frame_on=False))
         for row, (name, images) in zip(axes, rows.items()):
             row[0].set_ylabel(name)

@@ -189,7 +189,7 @@ def test_prediction_does_not_depend_on_the_batch_with_moments_per_sample(kind):
 
 def test_training_moves_the_target_and_leaves_substitute_and_twin_alone(kind):
     args, x, y = kind
-    net = make(args, align_weight=0.5)
+    net = make(args, align_weight=0.5).train()
     optimizer = abnn.optimizer_of(net, args)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     for _ in range(2):
@@ -231,7 +231,7 @@ def test_sizes_grow_in_area_with_the_strength():
         assert largest["roa"] < side and 2 * largest["af"] < side and 2 * largest["spa"] < side**2
 
 
-@pytest.mark.parametrize("name", abnn.PHYSICAL)
+@pytest.mark.parametrize("name", abnn.KINDS)
 def test_attacks_keep_to_their_masks_and_to_the_box(name, kind):
     args, x, y = kind
     x = 0.25 + x / 2  # so that every pixel can be seen to change
@@ -300,16 +300,16 @@ def test_an_undefended_network_falls_under_every_attack(undefended):
     table, warnings = abnn.evaluate_threats(net, x, y, known, args)
     assert table["worst"]["clean"] > 0.5
     assert set(table) == {"worst", "C ce", "C margin", "C strong", "no gradient"}
-    for name in abnn.PHYSICAL:
+    for name in abnn.KINDS:
         limit = 0.5 * table["worst"]["clean"] if name == "af_universal" else 0.15  # one frame for all is weaker
         assert table["worst"][name] <= limit, name
         assert table["worst"][name] <= min(row[name] for row in table.values() if name in row)
-    assert table["worst"]["all"] <= min(table["worst"][name] for name in abnn.PHYSICAL)
+    assert table["worst"]["all"] <= min(table["worst"][name] for name in abnn.KINDS)
     assert not warnings and abnn.verdict(table, 10).startswith("nothing is left")
 
 
 def test_table_of_threats_agrees_with_pgd_alone(undefended, monkeypatch):
-    monkeypatch.setattr(abnn, "PHYSICAL", ("pgd",))
+    monkeypatch.setattr(abnn, "KINDS", ("pgd",))
     net, x, y, known, args = undefended
     table, _ = abnn.evaluate_threats(net, x, y, known, replace(args, eps=2 / 255))
     clean = survivors(net, x, y, eps=0, steps=0)
@@ -320,7 +320,7 @@ def test_table_of_threats_agrees_with_pgd_alone(undefended, monkeypatch):
 
 def test_the_strong_white_box_goes_on_where_the_others_end(undefended, monkeypatch):
     """Of what cross-entropy and margin leave together it breaks more, and only that; towards every wrong class too."""
-    monkeypatch.setattr(abnn, "PHYSICAL", ("spa",))
+    monkeypatch.setattr(abnn, "KINDS", ("spa",))
     net, x, y, known, args = undefended
     args = replace(args, attack_strength=1)
     monkeypatch.setitem(abnn.ATTACK_SIZES, "digits", (14, 2, 12))  # few pixels: there is something left to break
@@ -343,7 +343,7 @@ def test_the_strong_white_box_goes_on_where_the_others_end(undefended, monkeypat
 
 def test_a_white_box_that_fails_is_warned_of(undefended, monkeypatch):
     """A network with a vanishing gradient in C, and its true one in A: what a failed attack looks like."""
-    monkeypatch.setattr(abnn, "PHYSICAL", ("pgd",))
+    monkeypatch.setattr(abnn, "KINDS", ("pgd",))
     net, x, y, known, args = undefended
 
     class Hidden(abnn.ABNN):
@@ -362,11 +362,11 @@ def test_a_white_box_that_fails_is_warned_of(undefended, monkeypatch):
 
 
 def test_verdict_says_what_is_left():
-    row = dict.fromkeys(abnn.PHYSICAL, 0.0)
+    row = dict.fromkeys(abnn.KINDS, 0.0)
     table = {"worst": {**row, "clean": 0.9}, "A ce": {**row, "pgd": 0.5}, "A margin": row, "B ce": row, "C ce": row,
              "C margin": row}
     assert "nothing is left" in abnn.verdict(table, 10) and "rows A ce show" in abnn.verdict(table, 10)
-    strong = dict.fromkeys(abnn.PHYSICAL, 0.4)
+    strong = dict.fromkeys(abnn.KINDS, 0.4)
     strong = {**table, "C ce": strong, "C margin": strong, "worst": {**strong, "clean": 0.9, "spa": 0.3}}
     assert abnn.verdict(strong, 10).endswith("at least 0.300 is left under each attack")
     assert "nothing to defend" in abnn.verdict({**table, "worst": {**row, "clean": 0.12}}, 10)

@@ -393,7 +393,7 @@ def make_abnn(folder, **changes):
     net = abnn_script.build(args, 10)
     data.save(folder / "best.pt", dict(script="abnn", args=vars(args), classes=10, net=net.state_dict(), epoch=2))
     row = {"epoch": 2, "worst": 0.3, "clean": 0.9, "fgsm": 0.6, "pgd20": 0.4, "pgd50_margin": 0.35, "targeted": 0.3}
-    attacks = {k: 0.1 * i for i, k in enumerate(abnn_script.PHYSICAL)}
+    attacks = {k: 0.1 * i for i, k in enumerate(abnn_script.KINDS)}
     threats = {"worst": {"clean": 0.9, **attacks, "all": 0.0}, "A ce": attacks, "C ce": attacks,
                "no gradient": {k: v for k, v in attacks.items() if k != "roa_search"}}
     curves = {"model": GRID} | ({"A": GRID, "twin": GRID} if args.defense == "abnn" else {})

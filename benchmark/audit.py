@@ -143,6 +143,11 @@ def autoattack(net, classes, eps, norm, effort, seed, device):
     return attacks
 
 
+def gap(a, b):
+    """Largest absolute difference of two tensors; infinities of the same sign, as of masked classes, do not differ."""
+    return torch.where(a == b, 0.0, a - b).abs().max().item()
+
+
 @torch.no_grad()
 def logits_of(net, x, batch_size):
     return torch.cat([net(part).float() for part in x.split(batch_size)])
@@ -235,8 +240,8 @@ def audit(net, x, y, eps=8 / 255, norm="linf", *, quick=False, train=None, surro
         train: images and labels of the training split. A surrogate learns from them, and catastrophic
             overfitting is looked for there, where it happens.
         surrogate: an undefended network to transfer from, in the place of one trained here.
-        others: models to craft on as well, a list or {name: list}: paths through the same weights, which a
-            white-box attacker knows.
+        others: models to craft on as well, a list or {name: list}. Paths through the same weights are known to a
+            white-box attacker; other networks count as a black box, like the surrogate.
         use_autoattack: run AutoAttack, if `pyautoattack` is installed.
         log: what takes the lines of the report.
 
@@ -248,6 +253,10 @@ def audit(net, x, y, eps=8 / 255, norm="linf", *, quick=False, train=None, surro
     effort, device, n, began = QUICK if quick else FULL, x.device, len(x), time.time()
     module = module_of(net)
     check_images(x, eps, norm)
+    if x.dtype != torch.float32:
+        raise ValueError(f"images must be float32 in [0, 1], not {x.dtype}: AutoAttack takes nothing else")
+    tf32 = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False  # rounding to 10 bits would show up as false gradients
     buffers = [(b, b.clone()) for b in module.buffers()]
     trainable = [p for p in module.parameters() if p.requires_grad]
     for p in trainable:  # no attack needs the gradients of the weights
@@ -315,9 +324,15 @@ def audit(net, x, y, eps=8 / 255, norm="linf", *, quick=False, train=None, surro
 
     try:
         z = logits_of(net, x, batch_size)
-        clean, classes, scale = z.argmax(1) == y, z.shape[1], z.abs().max().item()
-        jitter = max((z - logits_of(net, x, batch_size)).abs().max().item() for _ in range(3))
-        randomised = jitter > 1e-5 * scale
+        clean, classes = z.argmax(1) == y, z.shape[1]
+        # In float32 a probability rounds to 1 from a lead of 17 on (as some images' do in undefended networks), and the
+        # others underflow from 87 to 104.
+        lead = z.topk(2).values[:, 0] - z.topk(2).values[:, 1]
+        # What a difference between logits is held against: the largest lead, and rounding. Not the largest logit: of a
+        # class that is masked with -1e9, or of a constant added to all, it would hide any noise.
+        scale, size = (v[v.isfinite()].abs().max().item() if v.isfinite().any() else 0.0 for v in (lead, z.amax(1)))
+        jitter = max(gap(z, logits_of(net, x, batch_size)) for _ in range(3))
+        randomised = jitter > 1e-5 * scale + 1e-6 * size
         some = (clean if clean.any() else ~clean).nonzero().squeeze(1)[:250]
         gradients = {k: input_gradient(net, x[some], y[some], k, batch_size) for k in ("ce", "margin")}
         blocked = next((g for g in gradients.values() if isinstance(g, str)), None)
@@ -351,12 +366,14 @@ def audit(net, x, y, eps=8 / 255, norm="linf", *, quick=False, train=None, surro
             first = clean & (torch.arange(n, device=device) < watched)
             long_ce, _ = (record(f"{last} steps {loss}, first {watched}", long(loss), first, among=watched)
                           for loss in ("ce", "margin"))
-            others = others if isinstance(others, dict) else {"same weights": others or ()}
+            others = others if isinstance(others, dict) else {"": others or ()}
             for name, models in others.items():
                 for i, source in enumerate(models):
+                    same = module_of(source) is module
+                    title = f"{name or ('same weights' if same else 'other network')} {i}"
                     for loss in ("ce", "margin"):
                         transfer = by(steps=effort["transfer_steps"], loss=loss, source=source)
-                        record(f"{name} {i}, {loss}", transfer)
+                        record(f"{title}, {loss}", transfer, group=white if same else black)
         if surrogate is None and train is not None:
             surrogate = train_surrogate(*train, classes, effort["surrogate_steps"], seed)
         if surrogate is not None:
@@ -380,6 +397,8 @@ def audit(net, x, y, eps=8 / 255, norm="linf", *, quick=False, train=None, surro
         if members and (quick or blocked is not None):
             why = "quick mode" if quick else "no gradient"
             notes.append(f"only parts of AutoAttack ran ({why}): do not compare with published numbers")
+        elif members and "apgd-t" not in members:
+            notes.append(f"only parts of AutoAttack ran: its targeted loss takes four classes, and there are {classes}")
         elif members:
             standard = share(left)
             notes.append(f"AutoAttack, standard version: {standard:.3f}")
@@ -441,26 +460,26 @@ def audit(net, x, y, eps=8 / 255, norm="linf", *, quick=False, train=None, surro
         finite, rows = z.isfinite().all().item(), z.sum(1)
         probabilities = ((z >= 0).all() & ((rows - 1).abs() < 1e-3).all()).item()
         check("outputs are logits", finite and not probabilities, finite=finite, probabilities=probabilities)
-        # In float32 a probability rounds to 1 from a lead of 17 on (as some images' do in undefended
-        # networks), and the others underflow from 87 to 104.
-        lead = (z.topk(2).values * torch.tensor([1.0, -1.0], device=device)).sum(1)
         check("logits in range", share(lead > 87) <= USELESS and share(lead > 17) <= 0.5,
               confidence_is_1=share(lead > 17), others_are_0=share(lead > 87))  # fmt: skip
-        check("deterministic", not randomised, largest_difference=jitter, largest_logit=scale)
+        check("deterministic", not randomised, largest_difference=jitter, largest_lead=scale)
         k, mode = min(n, 32), "training: call .eval(), of a wrapper too" if training else "eval"
         try:  # alone, and among others
             company = logits_of(net, torch.cat([1 - x[:k], x[:k]]), 2 * k)[k:]
             alone = logits_of(net, x[:k], 1)
-            apart = max((z[:k] - other).abs().max().item() for other in (alone, company))
+            apart = max(gap(z[:k], other) for other in (alone, company))
         except (RuntimeError, ValueError):  # what normalises by the batch may refuse a batch of one
             apart = float("inf")
-        check("images independent", not training and apart <= 1e-4 * scale + 2 * jitter,
+        check("images independent", not training and apart <= 1e-4 * scale + 3e-6 * size + 2 * jitter,
               largest_difference=apart, mode=mode)  # fmt: skip
         majority, robust = y.bincount().max().item() / n, y[worst]
+        if majority > 0.9:
+            notes.append(f"{majority:.0%} of these images are of one class: a constant would look robust. Shuffle them")
         one_class = robust.bincount().max().item() / len(robust) if len(robust) >= 10 else 0.0
         check("not one class", share(clean) > majority + 0.01 and one_class <= max(0.9, majority + 0.1),
               clean=share(clean), majority=majority, largest_class_of_the_robust=one_class)  # fmt: skip
     finally:
+        torch.backends.cudnn.allow_tf32 = tf32
         for p in trainable:
             p.requires_grad_(True)
         for b, saved in buffers:
@@ -536,6 +555,17 @@ def script_of(run):
     return importlib.import_module(script)
 
 
+def keeps(path, new, args):
+    """Is there an audit in `path` that `new` must not replace: of full effort, or at the run's own eps and norm?"""
+    try:
+        old = json.loads(path.read_text())
+        ranks = [(r["norm"] == args.norm and abs(r["eps"] - (args.eps or usual_eps(args.norm))) < 1e-9, not r["quick"],
+                  r["autoattack"] is not None, r["evaluated"]) for r in (old, new)]  # fmt: skip
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+    return ranks[0] > ranks[1] and old.get("epoch") == new["epoch"]
+
+
 def main():
     a = tyro.cli(Args, description=__doc__)
     run = Path(a.run)
@@ -549,7 +579,6 @@ def main():
     folder = run if run.is_dir() else run.parent
     data.check_writable(folder)
     device = data.device(a.device)
-    torch.backends.cudnn.allow_tf32 = False  # rounding to 10 bits would show up as false gradients
     net, args, state = script.load(a.run, device)
     norm = a.norm or args.norm
     if eps is not None and (eps <= 0 or norm == "linf" and eps > 1):
@@ -579,8 +608,12 @@ def main():
                    others=others, log=partial(print, flush=True))  # fmt: skip
     about = dict(script=script.__name__, dataset=d.name, checkpoint="best.pt" if run.is_dir() else run.name,
                  epoch=state["epoch"], command=shlex.join(["python", *sys.argv]), torch=torch.__version__)  # fmt: skip
+    result = {**about, **result, "script_worst": own}
     path = run / "audit.json" if run.is_dir() else run.with_name(f"audit_{run.stem}.json")
-    data.save(path, {**about, **result, "script_worst": own})
+    if keeps(path, result, args):
+        path = path.with_name(f"{path.stem}_other.json")
+        print(f"the audit that is there is stronger, or at the run's own eps: this one goes to {path.name}")
+    data.save(path, result)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,11 @@ def audited(run, results, args):
     path = Path(run) / "audit.json"
     if not path.exists():
         return {}
-    found, best = json.loads(path.read_text()), results["checkpoints"]["best"]["epoch"]
+    best = results["checkpoints"]["best"]["epoch"]
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}): make it again") from None
     if (round(255 * found["eps"], 4), found["norm"], found.get("epoch", best)) != (
             round(255 * results["eps"], 4), args["norm"], best):  # fmt: skip
         print(f"warning: {path} is at another eps or norm, or of another epoch, and left out", file=sys.stderr)
@@ -103,12 +107,12 @@ def rows(run, validation=False):
     """The rows of a run's folder, each a dict."""
     try:
         info, results = (json.loads((Path(run) / name).read_text()) for name in ("args.json", "results.json"))
+        shared = {k: results[k] for k in ("script", "dataset", "seed")} | {"setting": setting(results["script"], info)}
     except FileNotFoundError as error:
         print(f"warning: left out, for it has not finished: {run} has no {Path(error.filename).name}", file=sys.stderr)
         return
-    except ValueError as error:
-        raise UserError(f"{run} has no valid args.json or results.json: {error}") from None
-    shared = {k: results[k] for k in ("script", "dataset", "seed")} | {"setting": setting(results["script"], info)}
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{run} has no valid args.json or results.json: {type(error).__name__}: {error}") from None
     names = ("evaluated", "train_seconds", "images_per_second", "peak_memory_gb", "device", "python", "torch", "commit",
              "command")
     rest = {k: results.get(k) for k in names}  # runs of earlier versions did not measure their memory
@@ -116,7 +120,8 @@ def rows(run, validation=False):
     folder = re.compile(r"--(runs|data)[-_]dir(=.*)?")
     words = [word for before, word in zip(["", *words], words)
              if not folder.fullmatch(word) and not ("=" not in before and folder.fullmatch(before))]  # fmt: skip
-    words = ["RUN" if before == "--control-of" else word for before, word in zip(["", *words], words)]
+    words = ["RUN" if re.fullmatch("--control[-_]of", before) else re.sub("^(--control[-_]of=).*", r"\1RUN", word)
+             for before, word in zip(["", *words], words)]  # fmt: skip
     k = next(i for i, word in enumerate(words) if word.endswith(".py"))  # before it python, or torchrun and its flags
     rest["command"] = shlex.join([*words[:k], Path(words[k]).name, *words[k + 1 :]])
     eps, method = {"eps": round(255 * results["eps"], 6)}, results.get("method", {})

@@ -46,12 +46,13 @@ def identity(script, dataset, name, seed):
 
 
 def parse(words):
-    """(identity, folder of its runs) of the command `words`: python, script, flags. Ends the program if it is bad."""
+    """(identity, folder of its runs, device) of the command `words`: python, script, flags. Ends the program if it is
+    bad."""
     script = Path(words[1]).stem
     args = tyro.cli(import_module(script).Args, args=words[2:], prog=words[1])
     filled = [k for k, v in asdict(args).items() if v is None]  # the script will do it
     info = {"args": json.loads(json.dumps(asdict(args))), "preset": filled}
-    return identity(script, args.dataset, setting(script, info), args.seed), Path(args.runs_dir)
+    return identity(script, args.dataset, setting(script, info), args.seed), Path(args.runs_dir), args.device
 
 
 def finished(wanted, runs_dir):
@@ -81,7 +82,7 @@ def audited(row, mode):
 
 def run(words, args, folders):
     """Run a command unless its run is finished; its rows go into the csv, its folder into `folders`, by identity."""
-    wanted, runs_dir = parse(words)
+    wanted, runs_dir, device = parse(words)
     if wanted in folders:
         return
     folder = finished(wanted, runs_dir)
@@ -97,7 +98,8 @@ def run(words, args, folders):
             raise UserError(f"{shlex.join(words)} left no finished run in {runs_dir}")
     if not args.dry_run:
         if args.audit != "no" and not audited(next(rows(folder)), args.audit):  # the best checkpoint comes first
-            execute(["python", "benchmark/audit.py", str(folder), *["--quick"] * (args.audit == "quick")])
+            flags = ["--device", device] * (device != "auto") + ["--quick"] * (args.audit == "quick")
+            execute(["python", "benchmark/audit.py", str(folder), *flags])
         collect(args.out, [folder], args.validation)
     folders[wanted] = folder or "RUN"
 
@@ -109,7 +111,7 @@ def main(args, lines):
     done = {identity(*k[:4]): audited(row, args.audit) for k, row in read(args.out).items() if k[4] != "last"}
     left, folders = [], {}
     for words in commands:
-        wanted, runs_dir = parse(words)
+        wanted, runs_dir, _ = parse(words)
         if wanted not in done or not done[wanted] and finished(wanted, runs_dir):
             left.append(words)
     print(f"{len(left)} of {len(commands)} runs are missing in {args.out}", file=sys.stderr)

@@ -435,7 +435,8 @@ def environment(device):
     import torchvision  # not above: it takes as long as torch itself, and neither --help nor a refusal needs it
 
     git = f"git -C {shlex.quote(str(Path(__file__).resolve().parent.parent))}"
-    git = f'{git} describe --always && ({git} diff --quiet HEAD -- "*.py" || echo dirty)'
+    changed = f'$({git} status --porcelain --untracked-files=all -- "*.py")'  # a copy of a script counts too
+    git = f'{git} ls-files --error-unmatch common >&2 && {git} describe --always && (test -z "{changed}" || echo dirty)'
     return dict(
         command=f"{distributed.launcher()} {Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}".strip(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
@@ -447,6 +448,8 @@ def environment(device):
 def fraction(words):
     """The number of one word, as 8/255, 7.5/255 or .5. Raises ValueError where it is none."""
     above, _, below = words[0].partition("/")
+    if "/" in below:  # Fraction("255/2") is a number: 8/255/2 would be 16/255
+        raise ValueError(f"{words[0]} is no number such as 8/255")
     try:
         return float(Fraction(above) / Fraction(below or 1))  # Fraction("7.5/255") is refused
     except (ZeroDivisionError, OverflowError):
@@ -483,7 +486,9 @@ def load(name, data_dir="data", device="cpu", train_size=None, val_size=1000, te
                 or getattr(labels, "dtype", None) != np.int64 or labels.shape != images.shape[:1]:
             raise UserError(f"{name}: a reader returns numpy arrays, images (N, H, W, 3) uint8 and labels (N,) int64")
     for part, labels in (("train", y), ("test", y_test)):
-        if len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
+        if not len(labels):
+            raise UserError(f"{name} has no image in its {part} split")
+        if not 0 <= labels.min() <= labels.max() < len(classes):
             raise UserError(f"{name}: a label of the {part} split is not in 0..{len(classes) - 1}: files are damaged")
     missing = sorted(set(range(len(classes))) - set(y.tolist()))
     if missing:

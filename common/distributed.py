@@ -161,5 +161,6 @@ def average_statistics(net):
 
     In double: what all processes have alike, as a frozen network, stays as it is, whatever their number.
     """
-    if world() > 1:
-        _average([b for b in net.buffers() if b.is_floating_point()], torch.float64)
+    buffers = [b for b in net.buffers() if b.is_floating_point()]
+    if world() > 1 and buffers:
+        _average(buffers, torch.float64)

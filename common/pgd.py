@@ -75,7 +75,8 @@ def check_images(x, eps, norm="linf"):
     if x.is_floating_point() and len(x) and not (x.min() >= 0 and x.max() <= 1):  # in this form it refuses nan too
         raise ValueError(f"images must be in [0, 1], not in [{x.min():g}, {x.max():g}]: put the normalisation into the "
                          "network, as in nn.Sequential(Normalize(mean, std), network).eval()")  # fmt: skip
-    _check_eps(float(torch.as_tensor(eps).max()), norm)
+    for radius in torch.as_tensor(eps).aminmax():
+        _check_eps(float(radius), norm)
 
 
 def _check_eps(eps, norm):
@@ -253,10 +254,10 @@ def survivors(model, x, y, alive=None, *, eps, steps, step_size=None, relative_s
     Only samples marked in `alive` (N,) are attacked, in each restart those that survived the ones before: what is
     broken stays broken. step_size None is `relative_step` * eps. With `targets=k` each restart is k
     attacks with the loss `lead`, one towards each of the k wrong classes likeliest without an attack. `source` is
-    another model to craft on, for a transfer attack. The other `settings` are those of `pgd`; eps and step_size may be
-    one value per sample. A misclassified sample that an attack happens to repair counts as a survivor: pass the clean
-    mask as `alive`. `x` may be uint8 as in a data set: floats are made for `batch_size` samples at a time
-    (None: `in_a_pass`).
+    another model to craft on, for a transfer attack. The other `settings` are those of `pgd`, the same for all samples;
+    eps and step_size may be one value per sample. A misclassified sample that an attack happens to repair counts as a
+    survivor: pass the clean mask as `alive`. `x` may be uint8 as in a data set: floats are made for `batch_size`
+    samples at a time (None: `in_a_pass`).
 
     Several processes must call this together. Each attacks its share, with the noise that one process would give it,
     and all return the whole mask.

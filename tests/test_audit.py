@@ -107,9 +107,30 @@ class LyingGradient(torch.autograd.Function):
         return torch.where(ctx.saved_tensors[0][:, None, None, None], -grad, grad), None
 
 
+class RandomGradient(torch.autograd.Function):
+    """The identity, with noise for a gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.randn_like(grad)
+
+
 def shatter(x):
     """A fine ripple: the gradient points to its next crest, and steps land anywhere on the others."""
     return x + 0.01 * torch.sin(2 * torch.pi * 255 / 4 * x)
+
+
+def mask_a_class(z):
+    """An eleventh class that is never predicted."""
+    return F.pad(z, (0, 1), value=-1e9)
+
+
+def noisy(x):
+    return x + 0.1 * torch.randn_like(x)
 
 
 FAKES = {
@@ -118,11 +139,15 @@ FAKES = {
     "quantised": (lambda net: Wrapper(net, quantise), {"gradients are there", "black box is weaker"}),
     "quantised, straight-through": (lambda net: Wrapper(net, straight_through), {"gradients are true"}),
     "shattered": (lambda net: Wrapper(net, shatter), {"attack converged"}),
-    "noise": (lambda net: Wrapper(net, lambda x: x + 0.1 * torch.randn_like(x)), {"deterministic"}),
+    "noise": (lambda net: Wrapper(net, noisy), {"deterministic"}),
+    "noise, a class masked": (lambda net: Wrapper(net, noisy, mask_a_class), {"deterministic"}),
+    "noise, all logits shifted": (lambda net: Wrapper(net, noisy, lambda z: z + 1e5), {"deterministic"}),
     "gradient blocked": (lambda net: Wrapper(net, torch.detach),
                          {"gradients are there", "black box is weaker"}),
     "probabilities": (lambda net: Wrapper(net, after=lambda z: z.softmax(1)), {"outputs are logits"}),
     "batch mean": (lambda net: Wrapper(net, after=lambda z: z - z.mean(0)), {"images independent"}),
+    "batch mean, a class masked": (lambda net: Wrapper(net, after=lambda z: mask_a_class(z - z.mean(0))),
+                                   {"images independent"}),
     "training mode": (lambda net: Wrapper(net).train(), {"images independent"}),
     "constant": (lambda net: Wrapper(net, after=lambda z: z + 1e3 * (torch.arange(10) == 3)),
                  {"not one class"}),
@@ -286,6 +311,43 @@ def test_undefended_network_masks_nothing_and_has_no_robustness(digits, undefend
     assert {"+ pgd-50 ce, step eps/10", "+ pgd-50 ce, step eps", "+ targeted, 3 classes"} <= set(result["attacks"])
 
 
+@pytest.mark.parametrize("after", [mask_a_class, lambda z: F.pad(z, (0, 20), value=-torch.inf), lambda z: z + 1e4])
+def test_large_logits_alone_make_no_network_random(after, digits, undefended):
+    result = audit(Wrapper(undefended, after=after), digits.x, digits.y, EPS, quick=True, use_autoattack=False,
+                   log=lambda line: None)  # fmt: skip
+    assert not {"deterministic", "images independent"} & set(result["warnings"])
+
+
+def test_another_network_is_a_black_box_and_one_path_through_the_weights_is_not(digits, undefended, surrogate):
+    """Behind a random gradient, white-box attacks fail: what another network's examples break must show."""
+    fake = Wrapper(undefended, RandomGradient.apply)
+    result = audit(fake, digits.x, digits.y, EPS, quick=True, use_autoattack=False, log=lambda line: None,
+                   others=[fake, surrogate])  # fmt: skip
+    black = {name: row["black_box"] for name, row in result["attacks"].items()}
+    assert not black["same weights 0, ce"] and black["other network 1, ce"] and black["other network 1, margin"]
+    assert "black box is weaker" in result["warnings"]
+
+
+def test_images_of_one_class_and_few_classes_are_said():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3)).eval()
+    x, y = torch.rand(4, 3, 16, 16), torch.zeros(4, dtype=torch.long)
+    result = audit(net, x, y, EPS, quick=True, use_autoattack=False, log=lambda line: None)
+    assert "not one class" in result["warnings"]
+    assert any("100% of these images are of one class" in note for note in result["notes"])
+    with pytest.raises(ValueError, match="images must be float32"):
+        audit(net.double(), x.double(), y, EPS, quick=True)
+
+
+def test_autoattack_of_three_classes_is_not_the_standard_version(monkeypatch):
+    small = dict(noise=1, margin_steps=1, restarts=1, targets=2, apgd_steps=2, queries=2, curve_steps=(1, 2, 5, 10))
+    for name, value in small.items():
+        monkeypatch.setitem(tool.FULL, name, value)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3)).eval()
+    x = torch.rand(4, 3, 16, 16)
+    result = audit(net, x, net(x).argmax(1), 1e-4, log=lambda line: None)
+    assert result["autoattack"] is None and any("takes four classes, and there are 3" in n for n in result["notes"])
+
+
 def test_models_of_the_same_weights_are_attacked_too(digits, undefended):
     """A network behind a false gradient: who crafts on the path through its weights breaks it."""
     fake = Wrapper(undefended, lambda x: LyingGradient.apply(x, False))
@@ -395,6 +457,14 @@ def test_command_line_writes_audit_json(command_line, tmp_path, capsys):
     assert f"the script's own attacks leave {result['script_worst']:.3f}" in output
     assert result["worst"] <= result["script_worst"] + 0.1 and output.rstrip().endswith(result["verdict"])
     assert not list(tmp_path.glob("*.tmp"))
+    kept = (tmp_path / "audit.json").read_text()  # at another eps than the run's: the next one takes its place
+    command_line(tmp_path, "--quick", "--n", 20, "--no-autoattack", "--device", "cpu")
+    assert (own := (tmp_path / "audit.json").read_text()) != kept and not (tmp_path / "audit_other.json").exists()
+    for words in (["--n", 10], ["--n", 20, "--eps", "1/255"]):  # weaker, and of something else
+        command_line(tmp_path, "--quick", "--no-autoattack", "--device", "cpu", *words)
+        assert json.loads((tmp_path / "audit_other.json").read_text())["evaluated"] == words[1]
+        assert "this one goes to audit_other.json" in capsys.readouterr().out
+    assert (tmp_path / "audit.json").read_text() == own
     torch.save({"script": "scriptofatest"}, tmp_path / "last.pt")
     command_line(tmp_path / "last.pt", "--quick", "--n", 10, "--no-autoattack")
     assert json.loads((tmp_path / "audit_last.json").read_text())["eps"] == pytest.approx(2 / 255)
@@ -410,6 +480,7 @@ def test_command_line_writes_audit_json(command_line, tmp_path, capsys):
     (["{tmp}/good.pt", "--eps", "300/255"], "--eps 300/255 is outside (0, 1]"),
     (["{tmp}/good.pt", "--eps=-1/255"], "--eps -1/255 is outside (0, 1], the range of a pixel"),
     (["{tmp}/good.pt", "--eps", "1/0"], "--eps 1/0 is not a number such as 8/255"),
+    (["{tmp}/good.pt", "--eps", "8/255/2"], "--eps 8/255/2 is not a number such as 8/255"),
     (["{tmp}/good.pt", "--norm", "l2"], "--norm l2 is not the run's own, and needs an --eps"),
     (["{tmp}/good.pt", "--n", "0"], "--batch-size and --n must be at least 1"),
     (["{tmp}/good.pt", "--device", "abacus"], "--device abacus cannot be used: "),

@@ -83,7 +83,8 @@ def test_controls_of_all_seeds_are_one_setting_without_the_folders_of_the_machin
     for seed in (1, 2, 3):
         folder = tmp_path / f"run{seed}"
         folder.mkdir()
-        command = f"python aalp.py --data-dir=/d --control-of runs/{seed} --seed {seed} --runs-dir {tmp_path}"
+        of = ("--control-of ", "--control_of ", "--control-of=")[seed - 1]
+        command = f"python aalp.py --data-dir=/d {of}runs/{seed} --seed {seed} --runs-dir {tmp_path}"
         (folder / "args.json").write_text(json.dumps(
             {"command": command} | info(seed=seed, control_of=f"runs/{seed}", pairing_weight=seed / 10)))
         (folder / "results.json").write_text(json.dumps(results(seed, command)))
@@ -95,7 +96,9 @@ def test_controls_of_all_seeds_are_one_setting_without_the_folders_of_the_machin
         rows = list(csv.DictReader(f))
     assert {(r["dataset"], r["setting"], r["targeted"]) for r in rows} == {("digits", "--control-of RUN", "0.3")}
     assert {(r["seed"], r["worst"]) for r in rows} == {("1", "0.1"), ("2", "0.2"), ("3", str(0.1 * 3))}
-    assert rows[0]["command"] == "python aalp.py --control-of RUN --seed 1"
+    assert [r["command"] for r in rows if r["checkpoint"] == "best"] == [
+        "python aalp.py --control-of RUN --seed 1", "python aalp.py --control_of RUN --seed 2",
+        "python aalp.py --control-of=RUN --seed 3"]
 
 
 def test_a_run_that_takes_the_place_of_another_is_said(tmp_path, capsys):
@@ -119,9 +122,13 @@ def test_slips_are_one_line(tmp_path):
     folder = make_run(tmp_path / "run")
     with pytest.raises(data.UserError, match="which does not keep validation accuracies"):
         collect(tmp_path / "x.csv", [folder], validation=True)
-    (folder / "args.json").write_text("{")
-    with pytest.raises(data.UserError, match="has no valid args.json"):
+    (folder / "audit.json").write_text("{")
+    with pytest.raises(data.UserError, match="audit.json cannot be read"):
         collect(tmp_path / "x.csv", [folder])
+    for name, text in (("results.json", "{}"), ("results.json", "[]"), ("args.json", "{")):
+        (folder / name).write_text(text)
+        with pytest.raises(data.UserError, match="has no valid args.json or results.json"):
+            collect(tmp_path / "x.csv", [folder])
 
 
 def make_run(folder, seed=1):
@@ -225,6 +232,16 @@ def test_a_list_that_stopped_goes_on_where_it_was(tmp_path, monkeypatch, capfd):
     run.main(run.Args(out), lines)
     run.main(run.Args(out), lines)
     assert log.read_text().splitlines() == ran and len(read(out)) == 8
+
+
+def test_an_audit_runs_on_the_device_of_its_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "finished", lambda *_: tmp_path)
+    monkeypatch.setattr(run, "rows", lambda folder: iter([{}]))
+    monkeypatch.setattr(run, "collect", lambda *_: None)
+    monkeypatch.setattr(run, "execute", lambda words: ran.append(words[2:]))
+    ran = []
+    run.main(run.Args(tmp_path / "out.csv", audit="quick", also="--device cuda:1"), ["python aalp.py"])
+    assert ran == [[str(tmp_path), "--device", "cuda:1", "--quick"]]
 
 
 FAKE_AUDIT = """import json, sys

@@ -154,6 +154,21 @@ def ids(split):
     return number.tolist()
 
 
+def test_a_fraction_of_a_fraction_is_none():
+    assert data.fraction(["8/255"]) == 8 / 255
+    with pytest.raises(ValueError, match="8/255/2 is no number such as 8/255"):  # 8 / (255/2) is not what is meant
+        data.fraction(["8/255/2"])
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_an_empty_split_is_refused_before_any_work(part, monkeypatch):
+    some, none = ((np.zeros((n, 4, 4, 3), np.uint8), np.zeros(n, np.int64)) for n in (20, 0))
+    splits = (none, some) if part == "train" else (some, none)
+    monkeypatch.setitem(data.READERS, "digits", lambda data_dir: (*splits, ["a"], True))
+    with pytest.raises(data.UserError, match=f"digits has no image in its {part} split"):
+        load("digits", val_size=5)
+
+
 def test_splits_are_disjoint_and_complete(numbered):
     d = numbered()
     assert sorted(ids(d.train) + ids(d.val)) == list(range(900))

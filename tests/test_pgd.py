@@ -705,6 +705,8 @@ def test_refuses_an_eps_of_grey_levels_and_what_is_no_module(net, xy):
     with pytest.raises(ValueError, match="did you mean 8/255"):
         survivors(net, *xy, eps=8, steps=1)
     survivors(net, *xy, eps=2.0, steps=1, norm="l2")
+    with pytest.raises(ValueError, match="eps is a radius in pixels, not -0.1"):
+        survivors(net, *xy, eps=torch.linspace(-0.1, 0.1, len(xy[0])), steps=1)
     for attack in (pgd, survivors):
         with pytest.raises(ValueError, match="must be an nn.Module or a functools.partial of one, not function"):
             attack(lambda x: net(x), *xy, eps=EPS, step_size=EPS, steps=1)

@@ -209,6 +209,13 @@ def test_the_commit_is_dirty_where_a_program_differs_not_where_a_table_does(tmp_
     assert data.environment(torch.device("cpu"))["commit"] == commit
     (tmp_path / "common" / "data.py").write_text("b")
     assert data.environment(torch.device("cpu"))["commit"] == commit + "-dirty"
+    git("checkout", "-q", ".")
+    (tmp_path / "mine.py").write_text("a copy, to try something in")  # what it makes is not of this commit
+    assert data.environment(torch.device("cpu"))["commit"] == commit + "-dirty"
+    monkeypatch.setattr(data, "__file__", str(tmp_path / "copy" / "common" / "data.py"))
+    (tmp_path / "copy" / "common").mkdir(parents=True)  # unpacked inside a repository that does not know it
+    (tmp_path / "copy" / "common" / "data.py").write_text("a")
+    assert data.environment(torch.device("cpu"))["commit"] is None
 
 
 @pytest.mark.parametrize("collapsed", [1, 2])

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The GPU checks, in calls of ten minutes each, for a GPU that is at hand for a short time only.
+# The GPU checks, for a GPU that is at hand for a short time only.
 #   bash benchmark/gpu.sh check    unpacks data, runs all four scripts on embedded data, then benchmark/speed.py
 #   bash benchmark/gpu.sh speed    benchmark/speed.py alone, if the time was not enough for all of it
 #   bash benchmark/gpu.sh rows     CIFAR-10, several rows at a time; called again it goes on where the last call stopped
-#   EPOCHS=6 bash benchmark/gpu.sh rows      short runs, for a GPU that is at hand for a quarter of an hour in all; the test, in
-#                                            full float32, takes longer than they do: of 300 images, not 1000
+# For a quarter of an hour in all, short runs; the test, in full float32, takes longer than they do: of 200 images, not 1000.
+#   LIMIT=300 bash benchmark/gpu.sh check
+#   LIMIT=330 EPOCHS=4 LAST=7 bash benchmark/gpu.sh rows      again with LAST=14 if there is time left
 # Variables: OUT, what is to be kept (gpu_out); DATA, the data sets (/tmp/data); WORK, runs and checkpoints (/tmp/gpu_runs);
 # ARCHIVES, a folder with cifar-10-python.tar.gz and the like, and perhaps prepare.sh, which is sourced first: for what has
 # to be installed or unpacked in another way (carry); LIMIT, seconds of a call (570); FIRST and LAST, rows to run (all);
@@ -14,9 +15,9 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-gpu_out} DATA=${DATA:-/tmp/data} WORK=${WORK:-/tmp/gpu_runs} ARCHIVES=${ARCHIVES:-carry} LIMIT=${LIMIT:-570}
 FIRST=${FIRST:-1} LAST=${LAST:-99} JOBS=${JOBS:-3} EPOCHS=${EPOCHS:-30} PEAK=${PEAK:-990} FLAGS=${FLAGS-"--bf16 --compile"}
-SPEED=${SPEED-"--repeats 7 --layouts channels_last --no-compile --no-loader"}
+SPEED=${SPEED-"--repeats 7 --layouts channels_last --no-compile --no-loader --evaluation-size 200"}
 SMALL=${SMALL-"--train-size 512 --val-size 64 --test-size 16 --arch preactresnet8 --width 8 --epochs 1 --attack-steps 2"}
-SIZE=${SIZE-"--dataset cifar10 --test-size $((EPOCHS < 30 ? 300 : 1000))"}
+SIZE=${SIZE-"--dataset cifar10 --test-size $((EPOCHS < 30 ? 200 : 1000))"}
 PYTHON=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-3}
 mkdir -p "$OUT" "$DATA" "$WORK"
@@ -35,6 +36,7 @@ left() { echo $((LIMIT - SECONDS)); }
 limited() {
     local limit=$1 name=$2 started=$SECONDS status
     shift 2
+    [ "$limit" -gt 0 ] || { echo "$name: no time left"; return 1; }
     timeout -s INT -k 20 "$limit" "$@" >"$WORK/$name.log" 2>&1
     status=$?
     echo "$name: status $status after $((SECONDS - started)) s: $(tail -n 2 "$WORK/$name.log" | cut -c 1-200 | paste -sd " ")"
@@ -51,8 +53,8 @@ case "$1" in
 check | speed)
     nvidia-smi 2>/dev/null || echo "no nvidia-smi here"
     checks=(
-        "afa --gate-epochs 1" "aalp" "vfd_adv --teacher-epochs 1" "abnn --clean-epochs 1"
-        "abnn --clean-epochs 1 --dataset moving-digits --arch conv3d"
+        "afa --gate-epochs 1" "aalp --data-on host" "vfd_adv --teacher-epochs 1 --base trades" "abnn --clean-epochs 1"
+        "abnn --clean-epochs 1 --dataset moving-digits --arch conv3d --norm l2 --eps 1"
     )
     [ "$1" = speed ] && checks=()
     pids=() failed=0
@@ -65,12 +67,15 @@ check | speed)
     for pid in ${pids[@]+"${pids[@]}"}; do
         wait "$pid" || failed=$((failed + 1))
     done
-    # It keeps its file after each part: what was measured when the time is up is there.
-    limited "$(left)" speed "$PYTHON" benchmark/speed.py --peak-tflops "$PEAK" --out "$OUT/speed_cuda.json" $SPEED ||
+    if [ "$1" = check ]; then
+        limited 60 check_eval "$PYTHON" afa.py --eval-only "$(ls -d "$WORK"/check_afa/*/ | tail -n 1)" || failed=$((failed + 1))
+    fi
+    # It keeps its file after each part: what was measured when the time is up is there. It is alone now, with all cores.
+    TORCHINDUCTOR_COMPILE_THREADS=12 limited "$(left)" speed "$PYTHON" benchmark/speed.py --peak-tflops "$PEAK" --out "$OUT/speed_cuda.json" $SPEED ||
         failed=$((failed + 1))
     cat "$WORK/speed.log"
     pack check
-    echo "$failed of $((${#checks[@]} + 1)) failed, after $SECONDS s"
+    echo "$failed of $((${#checks[@]} > 0 ? ${#checks[@]} + 2 : 1)) failed, after $SECONDS s"
     exit $((failed > 0))
     ;;
 rows)

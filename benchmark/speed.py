@@ -395,12 +395,12 @@ def evaluation(args, device):
     eps = EPS * 2 ** torch.linspace(-4, 4, len(x), device=device)
     with torch.no_grad():
         y = torch.cat([net(part).argmax(1) for part in x.split(500)])
-    clean, entries = torch.ones_like(y, dtype=torch.bool), []
+    clean = torch.ones_like(y, dtype=torch.bool)
     nchw, x_nchw = copy.deepcopy(net).to(memory_format=torch.contiguous_format), x.contiguous()
     runs = {"survivors": (net, lambda: survivors(net, x, y, clean, eps=eps, steps=20)),
-            "evaluate": (net, lambda: afa.evaluate(net, x, y, eps, "linf")),
             # Over the same floor, in channels_last: which format is faster where a GPU multiplies in full float32?
-            "survivors, contiguous": (nchw, lambda: survivors(nchw, x_nchw, y, clean, eps=eps, steps=20))}  # fmt: skip
+            "survivors, contiguous": (nchw, lambda: survivors(nchw, x_nchw, y, clean, eps=eps, steps=20)),
+            "evaluate": (net, lambda: afa.evaluate(net, x, y, eps, "linf"))}  # last: it takes longest  # fmt: skip
     for name, (model, run) in runs.items():
         with passes_of(model) as seen:
             cold = timed(model, run, "eval", "fp32", device)
@@ -419,10 +419,9 @@ def evaluation(args, device):
             a.append(timed(model, run, "eval", "fp32", device))
             b.append(timed(net, beneath, "eval frozen", "fp32", device))
         a, b = a[1:], b[1:]
-        entries.append(dict(name=name, passes=len(passes), images=sum(int(n) for _, n in passes), ms=1e3 * median(a),
-                            cold=cold / median(b), **ratio(a, b)))  # fmt: skip
+        yield dict(name=name, passes=len(passes), images=sum(int(n) for _, n in passes), ms=1e3 * median(a),
+                   cold=cold / median(b), **ratio(a, b))  # fmt: skip
     data.tune(True)
-    return entries
 
 
 # --- Loader
@@ -535,12 +534,12 @@ if __name__ == "__main__":
         keep()
 
     if args.evaluation_size:
-        result["evaluation"] = evaluation(args, device)
         print(f"\n{'evaluation, float32':<46}{'ms':>9}{'x floor':>9}   quartiles")
-        for entry in result["evaluation"]:
+        for entry in evaluation(args, device):
             print("  {name:<44}{ms:>9.1f}{ratio:>9.3f}   {q1:.3f} {q3:.3f}, {passes} passes of {images} images in all, "
                   "first call {cold:.2f} x floor".format(**entry), flush=True)
-        keep()
+            result["evaluation"].append(entry)
+            keep()
 
     result["loader"] = loaders = time_loaders(args, device) if args.loader else None
     if loaders:

@@ -44,7 +44,7 @@ def test_tables(tmp_path):
     for e in steps.values():
         assert e["epoch_seconds"] == pytest.approx(49_000 // 4 * e["ms"] / 1e3)
         assert e["peak_share"] == pytest.approx(e["flops"] / (e["ms"] / 1e3) / 1e12)
-    survivors, evaluate, contiguous = result["evaluation"]
+    survivors, contiguous, evaluate = result["evaluation"]
     assert contiguous["passes"] == survivors["passes"]
     assert survivors["passes"] == 20 + 1 and survivors["images"] == 4 * 21  # all four are attacked, then looked at
     assert evaluate["passes"] > survivors["passes"] and evaluate["cold"] > 0

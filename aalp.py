@@ -461,12 +461,13 @@ if __name__ == "__main__":
         scalars |= {f"attack/{k}": v for k, v in attack_metrics(net, x_few, y_few, x_adv).items()}
         scalars |= {f"aalp/{k}": v for k, v in seen.items()}
         writer.add_histogram("aalp/sample_weights", weights, step)  # under one tag it would hide the scalar
-        data.log_epoch(writer, bar, f"epoch {epoch + 1}/{args.epochs}", step, scalars, attack_images(x_few, x_adv), d)
+        line = data.log_epoch(writer, f"epoch {epoch + 1}/{args.epochs}", step, scalars, attack_images(x_few, x_adv), d)
         progress.update(epoch=epoch + 1, train_seconds=progress["train_seconds"] + seconds)
         if score > progress["best"] or progress["best"] <= 0:  # until an epoch counts, the latest
             progress["best"] = score
             checkpoint("best.pt")
-        checkpoint("last.pt")  # last of all: a run that dies before this repeats the epoch and finds all in place
+        checkpoint("last.pt")  # last but for a line: a run that dies before this repeats the epoch, and finds all
+        data.show(bar, line)
     bar.close()
 
     # Final evaluation: the test split, for the first and only time.

@@ -662,7 +662,8 @@ if __name__ == "__main__":
         data.check_same(args, own, state, free_in_test=["attack_strength"])
     given, video = args, args.dataset in data.VIDEO
     if not run:
-        unused = ["frames", "split"] * (not video) + ["step_size"] * (args.defense != "at")
+        unused = ["frames"] * (not video) + ["split"] * (args.dataset != "ucf101")
+        unused += ["step_size"] * (args.defense != "at")
         unused += ["substitute", "substitute_arch", "substitute_width", "statistics", "moments", "equalised",
                    "align_weight"] * (args.defense != "abnn")
         data.refuse_unused(args, *unused)
@@ -748,12 +749,13 @@ if __name__ == "__main__":
                     net(images, record=(record := []))
                 scalars[f"abnn/distance_{kind}"] = distance(record).item()
                 progress["history"].setdefault(f"distance_{kind}", []).append(scalars[f"abnn/distance_{kind}"])
-        data.log_epoch(writer, bar, f"epoch {epoch + 1}/{args.epochs}", step, scalars, attack_images(x_few, x_adv), d)
+        line = data.log_epoch(writer, f"epoch {epoch + 1}/{args.epochs}", step, scalars, attack_images(x_few, x_adv), d)
         progress.update(epoch=epoch + 1, train_seconds=progress["train_seconds"] + seconds)
         if score > progress["best"] or progress["best"] <= 0:  # until an epoch counts, the latest
             progress["best"] = score
             checkpoint("best.pt")
-        checkpoint("last.pt")  # last of all: a run that dies before this repeats the epoch and finds all in place
+        checkpoint("last.pt")  # last but for a line: a run that dies before this repeats the epoch, and finds all
+        data.show(bar, line)
     bar.close()
 
     # Final evaluation: the test split, for the first and only time.

@@ -513,12 +513,13 @@ if __name__ == "__main__":
                 weights = fusing_weights(net, images)
                 scalars[f"afa/weight_{kind}"] = weights.mean().item()
                 writer.add_histogram(f"afa/weights_{kind}", weights, step)  # under one tag it would hide the scalar
-        data.log_epoch(writer, bar, f"epoch {epoch + 1}/{len(stages)}", step, scalars, attack_images(x_few, x_adv), d)
+        line = data.log_epoch(writer, f"epoch {epoch + 1}/{len(stages)}", step, scalars, attack_images(x_few, x_adv), d)
         progress.update(epoch=epoch + 1, train_seconds=progress["train_seconds"] + seconds)
         if stage == stages[-1] and (score > progress["best"] or progress["best"] <= 0):  # until one counts, the latest
             progress["best"] = score
             checkpoint("best.pt")
-        checkpoint("last.pt")  # last of all: a run that dies before this repeats the epoch and finds all in place
+        checkpoint("last.pt")  # last but for a line: a run that dies before this repeats the epoch, and finds all
+        data.show(bar, line)
     bar.close()
 
     # Final evaluation: the test split, for the first and only time.

@@ -568,6 +568,7 @@ def keeps(path, new, args):
 
 def main():
     a = tyro.cli(Args, description=__doc__)
+    data.on_interrupt(None)
     run = Path(a.run)
     script = script_of(run)
     try:

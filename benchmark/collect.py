@@ -111,7 +111,7 @@ def rows(run, validation=False):
     except FileNotFoundError as error:
         print(f"warning: left out, for it has not finished: {run} has no {Path(error.filename).name}", file=sys.stderr)
         return
-    except (ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{run} has no valid args.json or results.json: {type(error).__name__}: {error}") from None
     names = ("evaluated", "train_seconds", "images_per_second", "peak_memory_gb", "device", "python", "torch", "commit",
              "command")
@@ -147,17 +147,31 @@ def read(path):
         return {}
     try:
         with open(path, newline="") as f:
-            return {key(row): row for row in csv.DictReader(f)}
+            table = csv.DictReader(f)
+            if table.fieldnames and "setting" not in table.fieldnames:
+                raise KeyError("setting")
+            return {key(row): row for row in table}
     except (OSError, KeyError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a csv of results ({type(error).__name__}: {error}): it comes first, then the "
                         "folders of runs") from None  # fmt: skip
 
 
+def writable(out):
+    """`out`, of links the file that they lead to. Raises UserError where no csv can be written."""
+    out = Path(out).resolve()
+    if not out.parent.is_dir():
+        raise UserError(f"there is no folder {out.parent} for {out.name}")
+    if out.exists() and not out.is_file():  # a file renamed to /dev/null would take its place
+        raise UserError(f"{out} is not a csv of results but a folder or a device")
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f"{out.name} cannot be written to {out.parent}")
+    return out
+
+
 def collect(out, runs, validation=False):
     """Add the rows of the runs' folders to the csv. Returns all its rows."""
-    if not (folder := Path(out).absolute().parent).is_dir():
-        raise UserError(f"there is no folder {Path(out).parent} for {out}")
-    lock = os.open(folder, os.O_RDONLY)  # lists of runs may write the same csv: they take turns
+    out = writable(out)
+    lock = os.open(out.parent, os.O_RDONLY)  # lists of runs may write the same csv: they take turns
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return _collect(out, runs, validation)
@@ -181,11 +195,15 @@ def _collect(out, runs, validation):
         raise UserError("no runs: name their folders")
     columns = list(dict.fromkeys(k for row in table for k in row))
     unfinished = Path(f"{out}.{os.getpid()}.tmp")
-    with open(unfinished, "w", newline="") as f:
-        writer = csv.DictWriter(f, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
-    os.replace(unfinished, out)  # a list of runs may be killed at any time
+    try:
+        with open(unfinished, "w", newline="") as f:
+            writer = csv.DictWriter(f, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(table)
+        os.replace(unfinished, out)  # a list of runs may be killed at any time
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise UserError(f"{out} cannot be written ({error.strerror}); what was there before is intact") from None
     return table
 
 

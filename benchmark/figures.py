@@ -115,13 +115,13 @@ class Run:
             info = json.loads((self.path / "args.json").read_text())
             if not (self.path / "results.json").exists():
                 raise data.UserError(f"the run has not finished: {path} has no results.json; "
-                                     f"to continue it: python {info['script']}.py --resume {path}")
+                                     f"to continue it: python {info['script']}.py --resume {shlex.quote(str(path))}")
             self.args, self.results = info["args"], json.loads((self.path / "results.json").read_text())
             audit = self.path / "audit.json"
             self.audit = json.loads(audit.read_text()) if audit.exists() else {}
-        except (OSError, ValueError) as error:
-            raise data.UserError(f"{path} is not the folder of a run: {error}") from None
-        self.method, self.eps = self.results.get("method", {}), 255 * self.results["eps"]
+            self.method, self.eps = self.results.get("method", {}), 255 * self.results["eps"]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise data.UserError(f"{path} is not the folder of a run: {type(error).__name__}: {error}") from None
         self.strengths = 255 * np.array(self.method.get("strengths", []))
         self.history = self.method.get("history", {})
         self.epochs = range(1, 1 + max(map(len, self.history.values()), default=0))
@@ -431,13 +431,18 @@ def rows_of_sweep(path):
     for row in rows.values():
         if "val_clean" not in row or row["script"] != "vfd_adv":
             raise data.UserError(f"{path} is no sweep of vfd_adv.py: its rows have no accuracies on validation images")
-        module, words = importlib.import_module(row["script"]), shlex.split(row["command"])
+        module, words = importlib.import_module(row["script"]), shlex.split(row["command"] or "")
+        if not any(w.endswith(".py") for w in words):
+            raise data.UserError(f"{path} is damaged: the row of seed {row['seed']}, {row['setting']} has no command")
         args = tyro.cli(module.Args, args=words[1 + next(i for i, w in enumerate(words) if w.endswith(".py")) :])
         preset = {**module.PRESETS[args.dataset][args.preset], "beta": module.BETA[args.base]}
         args = {k: preset.get(k) if v is None else v for k, v in asdict(args).items()}
         if args["lambda_adv"] is None or args["lambda_nat"] is None:
             raise data.UserError(f"{path} has a row without the weights that are compared: {row['command']}")
-        accs = {k: float(row[k]) for k in ("val_clean", "val_robust")}
+        try:
+            accs = {k: float(row[k]) for k in ("val_clean", "val_robust")}
+        except ValueError as error:
+            raise data.UserError(f"{path} is damaged: {error} in the row of {row['command']}") from None
         runs.setdefault(row["dataset"], []).append(SimpleNamespace(args=args, results=row, val=accs))
     return runs
 
@@ -715,6 +720,7 @@ def draw_sweep(path, out):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
+    data.on_interrupt(None)
     if len(args.runs) == 1 and args.runs[0].endswith(".csv"):
         draw_sweep(args.runs[0], Path(args.out or "figures"))
         raise SystemExit(0)

@@ -25,6 +25,7 @@ import argparse
 import csv
 import json
 import re
+import signal
 from collections import defaultdict
 from operator import itemgetter
 from pathlib import Path
@@ -96,6 +97,10 @@ def read(source):
     script, dataset, *reduced = source.split()
     groups, path = defaultdict(list), ROOT / "results" / f"{script}.csv"
     rows = csv.DictReader(path.read_text().splitlines() if path.exists() else ())
+    lacking = {"script", "dataset", "setting", "seed", "checkpoint"} - set(rows.fieldnames or ())
+    if path.exists() and lacking:
+        # Otherwise every table of it would be rewritten as "not yet measured".
+        raise SystemExit(f"error: {path} lacks the column {', '.join(sorted(lacking))}: no document is changed")
     rows = [row for row in rows if row["dataset"].removesuffix("-unofficial") == dataset
             and bool(reduced) == ("--train-size" in row["setting"])]
     run = itemgetter("setting", "dataset", "script", "seed")
@@ -120,7 +125,10 @@ def read(source):
 def cell(rows, column):
     """Mean ± deviation of a column over the rows of a setting; an empty text where they have none."""
     scale = 1 if column.startswith(NOT_FRACTIONS) or "usefulness" in column else 100
-    values = [scale * float(row[column]) for row in rows if row.get(column)]
+    try:
+        values = [scale * float(row[column]) for row in rows if row.get(column)]
+    except ValueError as error:
+        raise SystemExit(f"error: column {column} of {rows[0]['script']}, {rows[0]['setting']}: {error}") from None
     digits = 2 if scale == 1 else 1
     spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     some = f" ({len(values)} of {len(rows)})" * (len(values) < len(rows))
@@ -275,6 +283,7 @@ if __name__ == "__main__":
     parser.add_argument("--show", metavar="MARKER", help='print one table and end, as "table: afa digits"')
     args, stale = parser.parse_args(), []
     if args.show:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may leave early
         kind, _, source = args.show.partition(": ")
         if kind not in KINDS or not source:
             parser.error(f"--show takes a kind and a source, as \"table: afa digits\"; kinds: {', '.join(KINDS)}")
@@ -283,13 +292,12 @@ if __name__ == "__main__":
         except ValueError:  # of what unpacks the source
             parser.error(f"{args.show}: the source of {kind} is written as in --help")
         raise SystemExit(0)
-    check = args.check
-    for path in documents():
-        before = path.read_text()
-        if (after := rewrite(before)) != before:
+    new = {path: rewrite(path.read_text()) for path in documents()}  # all of them first: an error changes none
+    for path, after in new.items():
+        if after != path.read_text():
             stale.append(path.relative_to(ROOT))
-            if not check:
+            if not args.check:
                 path.write_text(after)
     for path in stale:
-        print(f"{path} {'disagrees with the csv files in results/' if check else 'rewritten'}")
-    raise SystemExit(1 if check and stale else 0)
+        print(f"{path} {'disagrees with the csv files in results/' if args.check else 'rewritten'}")
+    raise SystemExit(1 if args.check and stale else 0)

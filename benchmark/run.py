@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 import tyro  # noqa: E402
 
-from benchmark.collect import collect, read, rows, setting  # noqa: E402
+from benchmark.collect import collect, read, rows, setting, writable  # noqa: E402
 from common.data import UserError  # noqa: E402
 
 
@@ -48,7 +48,9 @@ def identity(script, dataset, name, seed):
 def parse(words):
     """(identity, folder of its runs, device) of the command `words`: python, script, flags. Ends the program if it is
     bad."""
-    script = Path(words[1]).stem
+    script = Path(words[1]).stem if len(words) > 1 else ""
+    if words[0] != "python" or not (ROOT / f"{script}.py").is_file():
+        raise UserError(f"a list has lines `python SCRIPT.py FLAGS`, with a script of {ROOT}, not: {shlex.join(words)}")
     args = tyro.cli(import_module(script).Args, args=words[2:], prog=words[1])
     filled = [k for k, v in asdict(args).items() if v is None]  # the script will do it
     info = {"args": json.loads(json.dumps(asdict(args))), "preset": filled}
@@ -106,7 +108,12 @@ def run(words, args, folders):
 
 def main(args, lines):
     lines = [line for line in lines if line.strip() and not line.startswith("#")]
-    commands = [shlex.split(line) + shlex.split(args.also) for line in lines]
+    if not args.dry_run:
+        writable(args.out)
+    try:
+        commands = [shlex.split(line) + shlex.split(args.also) for line in lines]
+    except ValueError as error:
+        raise UserError(f"a line of the list, or --also, cannot be read: {error}") from None
     # Rows without the audit that is asked for count as missing if it can be had: the run's folder is there.
     done = {identity(*k[:4]): audited(row, args.audit) for k, row in read(args.out).items() if k[4] != "last"}
     left, folders = [], {}

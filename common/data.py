@@ -154,19 +154,21 @@ def check(args, **own):
     Arguments left at None, or at a name, are not looked at. Raises UserError. Warns of a strength or a rate that is
     never reached.
     """
+    if empty := [k for k, v in vars(args).items() if v == ""]:  # a variable of the shell that is not set
+        raise UserError(f"--{empty[0].replace('_', '-')} was given an empty name")
     for k in ("eps", "step_size"):
-        if args.norm == "linf" and (getattr(args, k) or 0) > 1:
-            raise UserError(f"--{k.replace('_', '-')} {getattr(args, k):g} is more than a pixel's whole range: did you "
-                            f"mean {getattr(args, k):g}/255?")  # fmt: skip
+        if args.norm == "linf" and (value := getattr(args, k) or 0) > 1:
+            raise UserError(f"--{k.replace('_', '-')} {value:g} is more than a pixel's whole range"
+                            + f": did you mean {value:g}/255?" * (value >= 2))  # fmt: skip
     ranges = {k: (1, math.inf) for k in ("width", "epochs", "batch_size", "attack_steps")}
     ranges |= {k: (0, math.inf) for k in ("eps", "eps_warmup_epochs", "weight_decay")}
     ranges |= {"seed": (0, 2**32 - 1)}  # what is made of it must fit into 64 bits
     ranges |= {k: (1e-9, math.inf) for k in ("lr", "step_size")}
     for k, (low, high) in (ranges | own).items():
         value = getattr(args, k)
-        if not isinstance(value, (str, type(None))) and not low <= value <= high:  # in this form it refuses nan too
-            limit = f"at least {low:g}" if not value >= low else f"at most {high:g}"
-            raise UserError(f"--{k.replace('_', '-')} must be {limit}, not {value:g}")
+        if not isinstance(value, (str, type(None))) and not low <= value <= min(high, 1e300):  # refuses nan, inf
+            limit = f"at least {low:g}" if not value >= low else f"at most {high:.10g}" if high < 1e300 else "finite"
+            raise UserError(f"--{k.replace('_', '-')} must be {limit}, not {value:.10g}")
     if args.eps and getattr(args, "defense", "at") == "at" and args.eps_warmup_epochs >= args.epochs:
         print(f"warning: eps rises for {args.eps_warmup_epochs:g} epochs, and training ends after {args.epochs}: see "
               "--eps-warmup-epochs")  # fmt: skip
@@ -222,16 +224,21 @@ def announce(run_dir, net, d, info, filled_in):
           + ", ".join(f"{k} {v}" for k, v in _shown(filled_in).items()), flush=True)  # fmt: skip
 
 
-def log_epoch(writer, bar, title, step, scalars, image, d):
-    """An epoch's `scalars` {tag: number}, with the memory it took, and `image` (3, h, w) to TensorBoard; its losses,
-    what validation found and the speed, to the terminal too."""
+def log_epoch(writer, title, step, scalars, image, d):
+    """An epoch's `scalars` {tag: number}, with the memory it took, and `image` (3, h, w) to TensorBoard. Returns a line
+    of its losses, what validation found and the speed, to show when the epoch has been saved."""
     for tag, value in (scalars | {"charts/peak_memory_gb": peak_memory(d.val.y.device)}).items():
         writer.add_scalar(tag, value, step)
     writer.add_image("attack/clean_adversarial_10x", image, step)
     writer.flush()
     shown = ", ".join(f"{k} {v:.3f}" for k, v in scalars.items() if k.startswith(("losses", "val")))
-    bar.write(f"{title}: {shown}, {scalars['charts/images_per_second']:.0f} {d.kind}/s")
-    sys.stdout.flush()  # a log shows each epoch when it ends
+    return f"{title}: {shown}, {scalars['charts/images_per_second']:.0f} {d.kind}/s"
+
+
+def show(bar, line):
+    """Write a line above the progress bar, at once: a log shows each epoch when it ends."""
+    bar.write(line)
+    sys.stdout.flush()
 
 
 def checkpoints(run, script):
@@ -268,7 +275,8 @@ def publish(args, run_dir, writer, d, info, eps, state, table, method, lines, po
         if abs(x_axis - round(x_axis)) < 1e-3:
             writer.add_scalar(tag, value, round(x_axis))
     writer.close()
-    print(f"written to {written}" + f"; look at it with: tensorboard --logdir {run_dir.parent}" * (not args.eval_only))
+    look = f"; look at it with: tensorboard --logdir {shlex.quote(str(run_dir.parent))}"
+    print(f"written to {written}" + look * (not args.eval_only))
 
 
 def cache_file(runs_dir, kind, name, key, content=()):
@@ -286,6 +294,8 @@ def cache_file(runs_dir, kind, name, key, content=()):
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--runs-dir {runs_dir} cannot be used: {error}") from None
+    if not path.exists() and not os.access(path.parent, os.W_OK):  # now, not when the network has been trained
+        raise UserError(f"--runs-dir {runs_dir} cannot be used: nothing can be written to {path.parent}")
     return path
 
 
@@ -305,8 +315,13 @@ def named_run(args):
         raise UserError("--resume and --eval-only take a run's folder, and were given an empty name")
     path = Path(run or ".")
     folder = path if path.is_dir() else path.parent
+    if args.resume and path.suffix == ".pt" and path.name != "last.pt":
+        raise UserError(f"--resume {run}: a run goes on from its last.pt, name its folder; to start from other weights "
+                        "is another run")  # fmt: skip
     if run:
         check_writable(folder)
+    for name in ("stdout", "stderr"):  # None where the shell has closed it, as with >&-
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))
     on_interrupt(folder if args.resume else None)
     return run, folder if run else None
 
@@ -350,7 +365,7 @@ def on_interrupt(run_dir):
     def failed(kind, error, trace):
         # A full disk, of files written by others than `save`, whose own error says all: no traceback.
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if not full:
+        if not full and not isinstance(error, BrokenPipeError):  # of `| head`, say
             distributed.show(kind, error, trace)
         if threading.current_thread() is not threading.main_thread():
             return  # a thread's error is raised again in the main one
@@ -414,7 +429,8 @@ def means(sums, epoch, lr, flag="--lr"):
     not finite: the rate `lr`, of the argument `flag`, is too high."""
     found = {k: distributed.mean(v).item() for k, v in sums.items()}
     if not all(math.isfinite(v) for v in found.values()):
-        raise UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower {flag} than {lr:g}")
+        raise UserError(f"the loss is not finite in epoch {epoch + 1}: try a lower {flag} than {lr:g}, "
+                        "or smaller weights of the losses")
     return found
 
 

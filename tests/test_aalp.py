@@ -492,6 +492,8 @@ def test_the_control_of_what_is_no_run_is_refused(tiny, tmp_path, capsys):
 
 
 REFUSED = {
+    "--control-of ''": "--control-of was given an empty name",
+    "--pairing-weight inf": "--pairing-weight must be finite",
     "--dropout-prob 1.5": "--dropout-prob must be at most 1",
     "--method alp --dropout-prob 0.9": "--dropout-prob would do nothing here: leave it out",
     "--method at --sample-weight clean": "--sample-weight would do nothing here",

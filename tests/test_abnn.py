@@ -499,6 +499,8 @@ REFUSED = {
     "--align-weight -1": "--align-weight must be at least 0",
     "--eps 0": "--eps must be at least",
     "--frames 5": "--frames would do nothing here",
+    "--dataset moving-digits --split 2": "--split would do nothing here",
+    "--substitute ''": "--substitute was given an empty name",
     "--step-size 1/255": "--step-size would do nothing here",
     "--defense at --substitute self --moments batch": "--substitute, --moments would do nothing here",
     "--dataset moving-digits --substitute-arch preactresnet18": "does not fit moving-digits",

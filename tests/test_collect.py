@@ -11,6 +11,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import tyro
@@ -120,6 +121,13 @@ def test_slips_are_one_line(tmp_path):
         with pytest.raises(data.UserError, match=message):
             collect(out, runs)
     folder = make_run(tmp_path / "run")
+    (tmp_path / "notes.txt").write_text("one line\n")
+    for out, message in ((tmp_path / "notes.txt", "is not a csv of results"), ("/dev/null", "a folder or a device")):
+        with pytest.raises(data.UserError, match=message):
+            collect(out, [folder])
+    assert (tmp_path / "notes.txt").read_text() == "one line\n" and Path("/dev/null").is_char_device()
+    (tmp_path / "link.csv").symlink_to(tmp_path / "kept.csv")
+    assert len(collect(tmp_path / "link.csv", [folder])) == 2 and (tmp_path / "link.csv").is_symlink()
     with pytest.raises(data.UserError, match="which does not keep validation accuracies"):
         collect(tmp_path / "x.csv", [folder], validation=True)
     (folder / "audit.json").write_text("{")
@@ -232,6 +240,21 @@ def test_a_list_that_stopped_goes_on_where_it_was(tmp_path, monkeypatch, capfd):
     run.main(run.Args(out), lines)
     run.main(run.Args(out), lines)
     assert log.read_text().splitlines() == ran and len(read(out)) == 8
+
+
+@pytest.mark.parametrize(("lines", "also", "message"), [
+    (["afa.py --seed 1"], "", "a list has lines `python SCRIPT.py FLAGS`"),
+    (["python"], "", "a list has lines `python SCRIPT.py FLAGS`"),
+    (["python nothere.py"], "", "a list has lines `python SCRIPT.py FLAGS`"),
+    (["python benchmark/audit.py runs/a"], "", "a list has lines `python SCRIPT.py FLAGS`"),
+    (["python afa.py --data-dir 'a"], "", "a line of the list, or --also, cannot be read"),
+    (["python afa.py"], "--data-dir 'a", "a line of the list, or --also, cannot be read"),
+    (["python afa.py"], "", "there is no folder")])
+def test_a_bad_list_is_refused_before_any_run(lines, also, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "execute", lambda words: pytest.fail("a run began"))
+    out = tmp_path / "x.csv" if "folder" not in message else tmp_path / "no" / "x.csv"
+    with pytest.raises(data.UserError, match=message):
+        run.main(run.Args(out, also=also), lines)
 
 
 def test_an_audit_runs_on_the_device_of_its_run(monkeypatch, tmp_path):

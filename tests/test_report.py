@@ -88,6 +88,14 @@ def test_check_finds_a_number_that_was_changed_by_hand(tmp_path):
     assert subprocess.run([*program, "--check"]).returncode == 1
     subprocess.run(program)
     assert page.read_text() == right + "more\n"
+    table = (ROOT / "results" / "afa.csv").read_text()
+    for bad, message in ((table.replace("setting", "settings", 1), "lacks the column setting"),
+                         ("\ufeff" + table, "lacks the column script"),
+                         (table.replace(",0.", ",about 0."), "could not convert string to float")):
+        (tmp_path / "results" / "afa.csv").write_text(bad)
+        ended = subprocess.run(program, capture_output=True, text=True)
+        assert ended.returncode == 1 and message in ended.stderr and "Traceback" not in ended.stderr
+        assert page.read_text() == right + "more\n"  # no table is lost
 
 
 def test_means_over_seeds_names_and_gaps(made_up):

@@ -4,6 +4,7 @@ import itertools
 import json
 import resource
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 from PIL import Image
 from running import (
+    command,
     epochs_done,
     execute,
     finished,
@@ -175,6 +177,28 @@ def test_eval_only_repeats_the_results_and_writes_beside_them(tiny, runs, capsys
     assert in_process(f"--eval-only {tiny / 'last.pt'} --test-size 20", capsys, runs) == (0, "")
     again = json.loads((tiny / "eval.json").read_text())
     assert list(again["checkpoints"]) == ["last"] and again["evaluated"] == 20
+
+
+def test_resuming_from_the_best_epoch_would_undo_the_later_ones(tiny, runs, capsys):
+    status, error = in_process(f"--resume {tiny / 'best.pt'}", capsys, runs)
+    assert status == 2 and error.startswith(f"error: --resume {tiny / 'best.pt'}: a run goes on from its last.pt")
+
+
+def test_outputs_that_the_shell_has_closed_stop_nothing(runs):
+    words = shlex.join(command("--bn single " + TINY.replace("--epochs 2 --gate-epochs 1", "--epochs 1"), runs))
+    before = set(runs.glob("*"))
+    assert subprocess.run(["sh", "-c", f"exec {words} >&- 2>&-"]).returncode == 0
+    (run,) = set(runs.glob("*")) - before
+    assert (run / "results.json").exists()
+
+
+def test_whoever_leaves_the_pipe_leaves_a_saved_epoch(runs):
+    words = shlex.join(command("--bn single " + TINY.replace("--epochs 2 --gate-epochs 1", "--epochs 2"), runs))
+    before = set(runs.glob("*"))
+    ended = subprocess.run(["bash", "-c", f"{words} | head -n 1"], capture_output=True, text=True)
+    (run,) = set(runs.glob("*")) - before
+    assert "Traceback" not in ended.stderr and "to continue after the last finished epoch" in ended.stderr
+    assert afa.load(run, name="last.pt")[2]["epoch"] >= 1
 
 
 def test_resuming_by_the_checkpoint_s_name_gives_whole_results(tiny, runs, capsys):
@@ -396,7 +420,10 @@ REFUSED = {
     "--eps 8": "did you mean 8/255?",
     "--eps -1/255": "--eps must be at least 0",
     "--eps 0 --step-size 1/255": "--step-size would do nothing here",
-    "--seed 20000000000000": "--seed must be at most 4.29497e+09, not 2e+13",
+    "--seed 4294967296": "--seed must be at most 4294967295, not 4294967296",
+    "--weight-decay inf": "--weight-decay must be finite, not inf",
+    "--data-dir ''": "--data-dir was given an empty name",
+    "--eps 300/255": "--eps 1.17647 is more than a pixel's whole range",
     "--batch-size 0": "--batch-size must be at least 1",
     "--epochs -3": "--epochs must be at least 1",
     "--width 0": "--width must be at least 1",

@@ -429,6 +429,7 @@ def test_a_damaged_teacher_in_the_cache_is_named(tiny, capsys, tmp_path):
 
 
 REFUSED = {
+    "--teacher ''": "--teacher was given an empty name",
     "--lambda-adv -1": "--lambda-adv must be at least 0",
     "--lambda-nat nan": "--lambda-nat must be at least 0",
     "--base trades --beta -1": "--beta must be at least 0",

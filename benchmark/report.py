@@ -8,7 +8,7 @@ What stands between a marker and `<!-- end -->` belongs to this program:
     <!-- table: afa digits -->           a row for each setting: best checkpoint, and two columns of the last; mean and
                                          deviation over seeds
     <!-- table: afa cifar10 reduced -->  settings on part of the training images, and only those
-    <!-- curve: afa digits -->           PGD-20 accuracy against eps
+    <!-- curve: afa digits; A; B -->     PGD-20 accuracy against eps, of the settings A and B; without them of all
     <!-- threats: abnn digits; ABNN -->  accuracy by attacker and attack
     <!-- audits: afa digits -->          runs that were audited: what the script's attacks leave, and the audit's
     <!-- cost: speed_abnn -->            milliseconds a step, from results/speed_abnn.json of benchmark/speed.py
@@ -178,7 +178,8 @@ def cost(source):
 
 
 def curve(source):
-    groups, lines = read(source), []
+    source, *names = source.split("; ")
+    groups, lines = {k: rows for k, rows in read(source).items() if not names or k in names}, []
     every = [column for rows in groups.values() for column in rows[0] if "pgd20@" in column]
     strengths = sorted({column.split("@")[1] for column in every}, key=float)
     curves = dict.fromkeys(column.split("pgd20@")[0] for column in every)  # "" is that of the model itself

@@ -580,6 +580,7 @@ def main():
     folder = run if run.is_dir() else run.parent
     data.check_writable(folder)
     device = data.device(a.device)
+    data.tune(False, exact=True)  # as in a script's test
     net, args, state = script.load(a.run, device)
     norm = a.norm or args.norm
     if eps is not None and (eps <= 0 or norm == "linf" and eps > 1):

@@ -154,6 +154,15 @@ def ids(split):
     return number.tolist()
 
 
+def test_a_folder_where_a_trained_network_could_not_be_kept_is_refused_before_it_is_trained(tmp_path, monkeypatch):
+    kept = data.cache_file(tmp_path, "teachers", "a", {})
+    kept.touch()
+    monkeypatch.setattr(data.os, "access", lambda *_: False)  # who runs tests as root may write everywhere
+    assert data.cache_file(tmp_path, "teachers", "a", {}) == kept  # it is there: nothing has to be written
+    with pytest.raises(data.UserError, match=f"nothing can be written to {tmp_path / 'teachers'}"):
+        data.cache_file(tmp_path, "teachers", "b", {})
+
+
 def test_a_fraction_of_a_fraction_is_none():
     assert data.fraction(["8/255"]) == 8 / 255
     with pytest.raises(ValueError, match="8/255/2 is no number such as 8/255"):  # 8 / (255/2) is not what is meant

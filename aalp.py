@@ -466,7 +466,7 @@ if __name__ == "__main__":
         if score > progress["best"] or progress["best"] <= 0:  # until an epoch counts, the latest
             progress["best"] = score
             checkpoint("best.pt")
-        checkpoint("last.pt")  # last but for a line: a run that dies before this repeats the epoch, and finds all
+        checkpoint("last.pt")  # last of all: a run that dies before this repeats the epoch and finds all in place
         data.show(bar, line)
     bar.close()
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The runs behind docs/afa.md, one command a row. Runs that results/afa.csv has already are skipped.
-#   bash benchmark/afa.sh          embedded data: two hours on two CPU cores
+#   bash benchmark/afa.sh          embedded data: a few hours on two CPU cores
 #   bash benchmark/afa.sh cifar10  reduced CIFAR-10, for one CPU core: 7,000 images, a small network, 3 attack steps
 #   bash benchmark/afa.sh svhn     reduced SVHN, likewise, with eps rising for half of the epochs at the full rate
 #   bash benchmark/afa.sh gpu      full size, for a GPU

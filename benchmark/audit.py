@@ -325,12 +325,11 @@ def audit(net, x, y, eps=8 / 255, norm="linf", *, quick=False, train=None, surro
     try:
         z = logits_of(net, x, batch_size)
         clean, classes = z.argmax(1) == y, z.shape[1]
-        # In float32 a probability rounds to 1 from a lead of 17 on (as some images' do in undefended networks), and the
-        # others underflow from 87 to 104.
-        lead = z.topk(2).values[:, 0] - z.topk(2).values[:, 1]
+        largest, second = z.topk(2).values.unbind(1)
+        lead = largest - second
         # What a difference between logits is held against: the largest lead, and rounding. Not the largest logit: of a
         # class that is masked with -1e9, or of a constant added to all, it would hide any noise.
-        scale, size = (v[v.isfinite()].abs().max().item() if v.isfinite().any() else 0.0 for v in (lead, z.amax(1)))
+        scale, size = (v[v.isfinite()].abs().max().item() if v.isfinite().any() else 0.0 for v in (lead, largest))
         jitter = max(gap(z, logits_of(net, x, batch_size)) for _ in range(3))
         randomised = jitter > 1e-5 * scale + 1e-6 * size
         some = (clean if clean.any() else ~clean).nonzero().squeeze(1)[:250]
@@ -460,6 +459,8 @@ def audit(net, x, y, eps=8 / 255, norm="linf", *, quick=False, train=None, surro
         finite, rows = z.isfinite().all().item(), z.sum(1)
         probabilities = ((z >= 0).all() & ((rows - 1).abs() < 1e-3).all()).item()
         check("outputs are logits", finite and not probabilities, finite=finite, probabilities=probabilities)
+        # In float32 a probability rounds to 1 from a lead of 17 on (as some images' do in undefended networks), and the
+        # others underflow from 87 to 104.
         check("logits in range", share(lead > 87) <= USELESS and share(lead > 17) <= 0.5,
               confidence_is_1=share(lead > 17), others_are_0=share(lead > 87))  # fmt: skip
         check("deterministic", not randomised, largest_difference=jitter, largest_lead=scale)

@@ -432,9 +432,10 @@ def rows_of_sweep(path):
         if "val_clean" not in row or row["script"] != "vfd_adv":
             raise data.UserError(f"{path} is no sweep of vfd_adv.py: its rows have no accuracies on validation images")
         module, words = importlib.import_module(row["script"]), shlex.split(row["command"] or "")
-        if not any(w.endswith(".py") for w in words):
+        script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+        if script is None:
             raise data.UserError(f"{path} is damaged: the row of seed {row['seed']}, {row['setting']} has no command")
-        args = tyro.cli(module.Args, args=words[1 + next(i for i, w in enumerate(words) if w.endswith(".py")) :])
+        args = tyro.cli(module.Args, args=words[script + 1 :])
         preset = {**module.PRESETS[args.dataset][args.preset], "beta": module.BETA[args.base]}
         args = {k: preset.get(k) if v is None else v for k, v in asdict(args).items()}
         if args["lambda_adv"] is None or args["lambda_nat"] is None:

@@ -293,12 +293,13 @@ if __name__ == "__main__":
         except ValueError:  # of what unpacks the source
             parser.error(f"{args.show}: the source of {kind} is written as in --help")
         raise SystemExit(0)
-    new = {path: rewrite(path.read_text()) for path in documents()}  # all of them first: an error changes none
-    for path, after in new.items():
-        if after != path.read_text():
+    before = {path: path.read_text() for path in documents()}
+    after = {path: rewrite(text) for path, text in before.items()}  # all of them first: an error changes none
+    for path in before:
+        if after[path] != before[path]:
             stale.append(path.relative_to(ROOT))
             if not args.check:
-                path.write_text(after)
+                path.write_text(after[path])
     for path in stale:
         print(f"{path} {'disagrees with the csv files in results/' if args.check else 'rewritten'}")
     raise SystemExit(1 if args.check and stale else 0)

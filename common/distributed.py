@@ -136,6 +136,8 @@ def mean(x):
 
 
 def _average(tensors, dtype):
+    if not tensors:  # a network without BatchNorm has no statistics
+        return
     flat = mean(torch.cat([t.flatten().to(dtype) for t in tensors]))
     for t, value in zip(tensors, flat.split([t.numel() for t in tensors])):
         t.copy_(value.view_as(t))
@@ -161,6 +163,5 @@ def average_statistics(net):
 
     In double: what all processes have alike, as a frozen network, stays as it is, whatever their number.
     """
-    buffers = [b for b in net.buffers() if b.is_floating_point()]
-    if world() > 1 and buffers:
-        _average(buffers, torch.float64)
+    if world() > 1:
+        _average([b for b in net.buffers() if b.is_floating_point()], torch.float64)

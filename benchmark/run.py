@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 import tyro  # noqa: E402
 
+from benchmark.audit import FULL, QUICK  # noqa: E402
 from benchmark.collect import collect, read, rows, setting, writable  # noqa: E402
 from common.data import UserError  # noqa: E402
 
@@ -77,9 +78,12 @@ def execute(words):
 
 
 def audited(row, mode):
-    """Has the row of a best checkpoint the audit that is asked for, or a better one?"""
+    """Has the row of a best checkpoint the audit that is asked for, of as many images, or a better one?"""
+    if mode == "no":
+        return True
     enough = ["full", "without AutoAttack", *["quick"] * (mode == "quick")]
-    return mode == "no" or row.get("audit_mode") in enough
+    n = (QUICK if mode == "quick" else FULL)["n"]
+    return row.get("audit_mode") in enough and int(row["audit_evaluated"]) >= min(n, int(row["evaluated"]))
 
 
 def run(words, args, folders):

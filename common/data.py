@@ -18,6 +18,7 @@ import os
 import pickle
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,6 +157,9 @@ def check(args, **own):
     """
     if empty := [k for k, v in vars(args).items() if v == ""]:  # a variable of the shell that is not set
         raise UserError(f"--{empty[0].replace('_', '-')} was given an empty name")
+    compilers = (os.environ.get("CXX", "g++"), os.environ.get("CC", "gcc"), "clang++", "clang", "cc", "cl")
+    if args.compile and not any(map(shutil.which, compilers)):
+        raise UserError("--compile needs a C++ compiler, on the CPU as on a GPU: install g++, or leave it out")
     for k in ("eps", "step_size"):
         if args.norm == "linf" and (value := getattr(args, k) or 0) > 1:
             raise UserError(f"--{k.replace('_', '-')} {value:g} is more than a pixel's whole range"

@@ -272,9 +272,18 @@ from pathlib import Path
 with open("log", "a") as f:
     print("audit", *sys.argv[2:], file=f)
 Path(sys.argv[1], "audit.json").write_text(json.dumps(dict(
-    worst=0.05, evaluated=10, quick="--quick" in sys.argv, autoattack=0.05, warnings=["a", "b c"], eps=8 / 255,
+    worst=0.05, evaluated=20, quick="--quick" in sys.argv, autoattack=0.05, warnings=["a", "b c"], eps=8 / 255,
     norm="linf", epoch=1)))
 """
+
+
+@pytest.mark.parametrize("audit, images, of, enough", [
+    ("quick", 200, 500, "quick"), ("quick", 100, 500, ""), ("quick", 100, 100, "quick"), ("", "", 500, ""),
+    ("full", 500, 500, "quick full"), ("full", 250, 500, "quick"), ("full", 1000, 10000, "quick full")])
+def test_an_audit_of_few_images_is_not_the_one_that_a_list_asks_for(audit, images, of, enough):
+    row = {"audit_mode": audit, "audit_evaluated": str(images), "evaluated": str(of)}
+    assert [mode for mode in ("quick", "full") if run.audited(row, mode)] == enough.split()
+    assert run.audited(row, "no")
 
 
 def test_a_list_audits_its_runs_and_those_in_the_csv_once(tmp_path, monkeypatch, capfd):
@@ -295,7 +304,7 @@ def test_a_list_audits_its_runs_and_those_in_the_csv_once(tmp_path, monkeypatch,
     assert (tmp_path / "log").read_text().splitlines() == ["--seed 1", "audit --quick", "--seed 2", "audit --quick"]
     found = {(k[3], k[4]): (row["audit"], row["audit_mode"], row["audit_evaluated"], row["audit_warnings"])
              for k, row in read(out).items()}
-    assert found["1", "best"] == found["2", "best"] == ("0.05", "quick", "10", "a; b c")
+    assert found["1", "best"] == found["2", "best"] == ("0.05", "quick", "20", "a; b c")
     assert found["1", "last"] == ("", "", "", "")
     for mode in ("full", "full", "quick"):  # a quick one is not enough for the first, and more than enough for the last
         run.main(run.Args(out, audit=mode), lines[:1])

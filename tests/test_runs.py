@@ -469,6 +469,14 @@ def test_what_is_no_argument_at_all_is_refused_by_the_parser(arguments, capsys, 
     assert status == 2 and "Traceback" not in error and arguments.split()[0] in error
 
 
+def test_compile_without_a_compiler_is_one_line(monkeypatch, capsys, tmp_path):
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    status, error = in_process("--compile", capsys, tmp_path)
+    assert status == 2 and "compiler" in error and "\n" not in error and not list(tmp_path.iterdir())
+
+
 def test_data_that_is_absent_is_one_line(monkeypatch, capsys, tmp_path):
     def offline(*args, **kwargs):
         raise OSError("no network")

@@ -10,7 +10,8 @@ What stands between a marker and `<!-- end -->` belongs to this program:
     <!-- table: afa cifar10 reduced -->  settings on part of the training images, and only those
     <!-- curve: afa digits; A; B -->     PGD-20 accuracy against eps, of the settings A and B; without them of all
     <!-- threats: abnn digits; ABNN -->  accuracy by attacker and attack
-    <!-- audits: afa digits -->          runs that were audited: what the script's attacks leave, and the audit's
+    <!-- audits: digits -->              audited runs, of all methods: what the script's attacks leave, and the audit's;
+                                         also `cifar10 reduced`
     <!-- cost: speed_abnn -->            milliseconds a step, from results/speed_abnn.json of benchmark/speed.py
     <!-- ratio: speed_abnn; A; B -->     A over B of these, inside a sentence or a row
     <!-- scale: scale -->                samples a second and memory of the runs in results/scale.csv
@@ -155,15 +156,13 @@ def table(source):
 
 
 def audits(source):
-    lines = []
-    for name, rows in read(source).items():
-        for row in rows:
-            if row.get("audit"):
-                lines.append([name, row["seed"], cell([row], "worst"), row["evaluated"], row["audit_evaluated"],
-                              cell([row], "audit_script"), cell([row], "audit"), row["audit_mode"],
-                              row["audit_warnings"] or "none"])
-    return grid(["", "seed", "worst", "images", "images of the audit", "worst on these", "audit", "mode", "warnings"],
-                lines)
+    found = [(script, name, row) for script in NAMES for name, rows in read(f"{script} {source}").items()
+             for row in rows if row.get("audit")]
+    lines = [[f"`{script}.py`", name, row["seed"], cell([row], "worst"), row["evaluated"], row["audit_evaluated"],
+              cell([row], "audit_script"), cell([row], "audit"), row["audit_mode"], row["audit_warnings"] or "none"]
+             for script, name, row in found]
+    return grid(["script", "", "seed", "worst", "images", "images of the audit", "worst on these", "audit", "mode",
+                 "warnings"], lines)
 
 
 def steps(source):

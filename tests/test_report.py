@@ -141,8 +141,10 @@ def test_audits_have_a_row_for_each_run_that_was_audited(made_up):
     seen = dict(audit=0.1, audit_mode="quick", audit_evaluated=200, audit_warnings="losses agree", audit_script=0.12)
     made_up("afa", [dict(setting="default", worst=0.2, evaluated=500, seed=1, **seen),
                     dict(setting="default", worst=0.3, evaluated=500, seed=2)])
-    assert report.audits("afa digits").splitlines()[2:] == [
-        "| AFA | 1 | 20.0 | 500 | 200 | 12.0 | 10.0 | quick | losses agree |"]
+    made_up("aalp", [dict(setting="--method alp", worst=0.5, evaluated=500, seed=2, **seen)])
+    assert report.audits("digits").splitlines()[2:] == [
+        "| `afa.py` | AFA | 1 | 20.0 | 500 | 200 | 12.0 | 10.0 | quick | losses agree |",
+        "| `aalp.py` | ALP | 2 | 50.0 | 500 | 200 | 12.0 | 10.0 | quick | losses agree |"]
 
 
 def test_costs_and_their_ratios(made_up, tmp_path):

@@ -39,7 +39,7 @@ NAMES = {
     "afa": {"default": "AFA", "--bn single": "PGD-AT", "--epochs 16 --bn single": "PGD-AT, 16 epochs",
             "--epochs 48 --bn single": "PGD-AT, 48 epochs", "--eps 0/255 --bn single": "undefended",
             "--gate layer": "AFA, a gate in each layer", "--finetune all": "AFA, stage 2 trains all",
-            "--harden 0.0": "AFA, not hardened"},
+            "--harden 0.0": "AFA, not hardened", "--epochs 16 --gate-epochs 4": "AFA, twice the epochs"},
     "aalp": {"default": "AALP, both modules", "--control-of RUN": "ALP, control: mean weight of AALP",
              "--method alp": "ALP", "--method alp --guided-dropout low": "ALP + guided dropout",
              "--method alp --guided-dropout random": "ALP + random dropout",

@@ -50,13 +50,23 @@ def easy_data(monkeypatch):
         monkeypatch.setitem(tool.QUICK, name, value)
 
 
-def whole(script, flags, audit, folder, monkeypatch):
-    """A run, and its audit: its folder, and what was found."""
+def stop(*_):
+    raise InterruptedError
+
+
+def whole(script, flags, audit, folder, monkeypatch, interrupted=False):
+    """A run, perhaps `interrupted` after an epoch and resumed, and its audit: its folder, and what was found."""
+    if interrupted:
+        with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+            patch.setattr(data, "show", stop)
+            execute(flags, folder, script)
+        (run,) = folder.glob("*__1__*")
+        flags = f"--resume {run}"
     assert execute(flags, folder, script) == 0
     (run,) = folder.glob("*__1__*")
     found = [json.loads((run / "results.json").read_text())["checkpoints"]]
     if audit:
-        monkeypatch.setattr(sys, "argv", ["audit.py", str(run), "--quick", *flags.split()[-2:]])
+        monkeypatch.setattr(sys, "argv", ["audit.py", str(run), "--quick", "--device", folder.name])
         tool.main()
         attacks = json.loads((run / "audit.json").read_text())["attacks"]
         found.append({name: attack["accuracy"] for name, attack in attacks.items()})
@@ -67,7 +77,7 @@ def whole(script, flags, audit, folder, monkeypatch):
 def test_a_run_keeps_to_its_device(script, flags, audit, tmp_path, monkeypatch):
     cpu, expected = whole(script, f"{flags} --device cpu", audit, tmp_path / "cpu", monkeypatch)
     with card():
-        run, found = whole(script, f"{flags} --device meta", audit, tmp_path / "card", monkeypatch)
+        run, found = whole(script, f"{flags} --device meta", audit, tmp_path / "meta", monkeypatch, interrupted=True)
     assert found == expected and same(weights(run / "last.pt"), weights(cpu / "last.pt"))
     assert expected[0]["best"]["clean"] > 0.5  # otherwise the attacks would have had nothing to do
 

@@ -38,6 +38,11 @@ commands() {
             echo python aalp.py $short --control-of RUN
             echo python aalp.py $short --method alp
             echo python aalp.py $short --method at
+            [[ $part = cifar10 ]] || continue
+            # For the claims about features with a high contribution.
+            echo python aalp.py $short --method at --eps 0
+            echo python aalp.py $short --method alp --guided-dropout low
+            echo python aalp.py $short --method alp --guided-dropout random
         done
         ;;
     gpu)
@@ -47,8 +52,10 @@ commands() {
                 echo python aalp.py --dataset $dataset --seed $seed --bf16 --compile --control-of RUN
                 echo python aalp.py --dataset $dataset --seed $seed --bf16 --compile --method alp
                 echo python aalp.py --dataset $dataset --seed $seed --bf16 --compile --method alp --guided-dropout low
+                echo python aalp.py --dataset $dataset --seed $seed --bf16 --compile --method alp --guided-dropout random
                 echo python aalp.py --dataset $dataset --seed $seed --bf16 --compile --method alp --sample-weight clean
                 echo python aalp.py --dataset $dataset --seed $seed --bf16 --compile --method at
+                echo python aalp.py --dataset $dataset --seed $seed --bf16 --compile --method at --eps 0
             done
         done
         ;;

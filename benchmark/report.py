@@ -156,11 +156,10 @@ def table(source):
 
 
 def audits(source):
-    found = [(script, name, row) for script in NAMES for name, rows in read(f"{script} {source}").items()
-             for row in rows if row.get("audit")]
     lines = [[f"`{script}.py`", name, row["seed"], cell([row], "worst"), row["evaluated"], row["audit_evaluated"],
               cell([row], "audit_script"), cell([row], "audit"), row["audit_mode"], row["audit_warnings"] or "none"]
-             for script, name, row in found]
+             for script in NAMES for name, rows in read(f"{script} {source}").items()
+             for row in rows if row.get("audit")]
     return grid(["script", "", "seed", "worst", "images", "images of the audit", "worst on these", "audit", "mode",
                  "warnings"], lines)
 

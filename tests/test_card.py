@@ -60,8 +60,7 @@ def whole(script, flags, audit, folder, monkeypatch, interrupted=False):
         with monkeypatch.context() as patch, pytest.raises(InterruptedError):
             patch.setattr(data, "show", stop)
             execute(flags, folder, script)
-        (run,) = folder.glob("*__1__*")
-        flags = f"--resume {run}"
+        flags = f"--resume {next(folder.glob('*__1__*'))}"
     assert execute(flags, folder, script) == 0
     (run,) = folder.glob("*__1__*")
     found = [json.loads((run / "results.json").read_text())["checkpoints"]]

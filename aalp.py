@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -23,11 +23,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from common import data, distributed
-from common.pgd import attack_images, attack_metrics, pgd, pgd10, robustness_curve, survivors, usual_eps
+from common.pgd import attack_images, attack_metrics, pgd, pgd10, robustness_curve, survivors, usual_eps, validate
 
 SCRIPT = Path(__file__).stem
 
@@ -337,19 +335,20 @@ if __name__ == "__main__":
     # Arguments. A run that is continued or evaluated brings its own.
     distributed.start()  # with torchrun: one process for each GPU
     args = tyro.cli(Args, description=__doc__)
-    run, run_dir = data.named_run(args)
-    if run:
-        net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
+    named, folder = data.named_run(args)
+    state = None
+    if named:
+        net, own, state = load(named, name="last.pt" if args.resume else "best.pt")
         args = tyro.cli(Args, description=__doc__, default=own)  # again: flags given now override the run's own
         data.check_same(args, own, state)
-    if args.control_of and not run:
+    if args.control_of and not named:
         if args.pairing_weight is not None or args.method == "at":
             raise data.UserError("--control-of is ALP and sets --pairing-weight: leave out that, and --method at")
         args = replace(args, method="alp", pairing_weight=control(args.control_of, args.dataset))
     preset = {**PRESETS[args.dataset][args.preset], **METHODS[args.method]}  # a method's own value goes first
     preset = {k: v for k, v in preset.items() if getattr(args, k) is None}
     args = replace(args, **preset)
-    if not run:
+    if not named:
         unused = ["step_size"] * (args.eps == 0) + ["dropout_ratio", "dropout_prob"] * (args.guided_dropout == "none")
         unused += ["dropout_label"] * (args.guided_dropout in ("none", "random"))
         unused += ["sample_weight"] * (args.pairing_weight == 0 and "sample_weight" not in preset)
@@ -358,49 +357,27 @@ if __name__ == "__main__":
 
     # Data, network, optimiser.
     device = data.device(args.device)
-    d = data.load_as(args, device, state=state if run else None)
+    d = data.load_as(args, device, state=state)
     x_val, y_val, x_test, y_test = data.to_float(d.val.x), d.val.y, data.to_float(d.test.x), d.test.y
     torch.manual_seed(args.seed)
-    net = data.to_device(net if run else build(args, len(d.classes)), device)
+    net = data.to_device(net if named else build(args, len(d.classes)), device)
     if args.compile:
         net.compile(dynamic=False)  # a graph for each batch size: one for all sizes would be slower
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, nesterov=True, fused=True,
                                 weight_decay=args.weight_decay)
     x_seen, y_seen = data.to_float(d.train.x[:256].to(device)), d.train.y[:256]  # from the training split  [D5]
-    steps = data.steps_per_epoch(len(d.train.y), args.batch_size, shared=not args.eval_only)
-    majority = y_val.bincount().max().item() / len(y_val)
     eps_test = args.eps or usual_eps(args.norm)  # an undefended network is tested like the others
+    selected = "robust" if args.eps else "clean"  # validation accuracy by which the best epoch is chosen
 
-    # The run's folder.
-    progress = dict(epoch=0, best=-1.0, train_seconds=0.0, history={})
-    if run:
-        progress = {k: state[k] for k in progress}
-        optimizer.load_state_dict(state["optimizer"])
-    else:
-        run_dir = data.new_folder(args.runs_dir, f"{d.name}__{SCRIPT}__{args.seed}__{int(time.time())}")
-
-    def checkpoint(name):
-        data.save(run_dir / name, dict(script=SCRIPT, args=asdict(args), data=d.name, classes=len(d.classes),
-                                       processes=distributed.world(), net=net.state_dict(),
-                                       optimizer=optimizer.state_dict(), **progress))
-
-    info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, **data.environment(device))
-    Writer = distributed.Silent if distributed.rank() or args.eval_only else SummaryWriter
-    writer = Writer(run_dir, purge_step=progress["epoch"] * steps + 1)  # a resumed run writes what follows again
-    if not run:
-        data.write_arguments(run_dir, args, info, preset, writer)
-        checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
-    data.announce(run_dir, net, d, info, preset)
-
-    # Training. With disable=None the bar is hidden where there is no terminal.
-    bar = tqdm(total=args.epochs * steps, initial=progress["epoch"] * steps, disable=distributed.rank() > 0 or None)
-    for epoch in range(progress["epoch"], 0 if args.eval_only else args.epochs):
+    # Training. The run is its folder, TensorBoard log and checkpoints.
+    run = data.Run(SCRIPT, args, d, {"net": net, "optimizer": optimizer}, args.epochs, preset, folder, state)
+    for epoch in range(run.progress["epoch"], 0 if args.eval_only else args.epochs):
         started, sums, weights = time.time(), defaultdict(float), []
         data.tune(True)  # searching for fast convolutions pays in training, with its few batch sizes
         # All randomness follows from (seed, epoch); with several processes each draws noise of its own.
         generator = torch.Generator(device).manual_seed(distributed.seed(2_000_003 * args.seed + epoch))
         for i, (x, y) in enumerate(data.batches(d.train, args.batch_size, seed=args.seed, epoch=epoch, **d.augment)):
-            t = epoch + (i + 0.5) / steps  # epochs, at the middle of the step
+            t = epoch + (i + 0.5) / run.steps  # epochs, at the middle of the step
             if args.milestones:
                 factor = 0.1 ** sum(t >= m for m in args.milestones)
             else:  # one cycle: up for 30 % of the steps, then down to 0
@@ -430,11 +407,11 @@ if __name__ == "__main__":
             distributed.average_gradients(optimizer)
             optimizer.step()
             for k, v in terms.items():  # the sums stay on the device: reading one here would stall it
-                sums[f"losses/{k}"] += v.detach() / steps
+                sums[f"losses/{k}"] += v.detach() / run.steps
             for k, v in (("train/clean", z), ("train/robust", z_adv), ("aalp/masked", masked)):
-                sums[f"{k}_acc"] += (v.argmax(1) == y).float().mean() / steps
+                sums[f"{k}_acc"] += (v.argmax(1) == y).float().mean() / run.steps
             weights.append(w)
-            bar.update()
+            run.bar.update()
         scalars = data.means(sums, epoch, args.lr)
         scalars["aalp/label_leak"] = scalars.pop("aalp/masked_acc") - scalars["train/clean_acc"]  # through the mask
         distributed.average_statistics(net)
@@ -443,38 +420,23 @@ if __name__ == "__main__":
 
         # Validation, and the paper's two observations on images of the training split.
         net.eval()
-        clean = survivors(net, x_val, y_val, eps=0, steps=0)
-        robust = survivors(net, x_val, y_val, clean, eps=eps_test, steps=10, norm=args.norm)
-        val = {k: mask.sum().item() / len(mask) for k, mask in (("clean_acc", clean), ("robust_acc", robust))}
-        # Predicting one class for everything resists all attacks but is no classifier.
-        score = val["robust_acc" if args.eps else "clean_acc"] if val["clean_acc"] > majority + 0.01 else 0.0
+        val = validate(net, x_val, y_val, eps_test, args.norm)
         weights = distributed.gather(torch.cat(weights))
         seen = observe(net, x_seen, y_seen, eps_test, args) | {"sample_weight": weights.mean().item()}
         also = {"label_leak": scalars["aalp/label_leak"], "weight_bins": torch.histc(weights, 20, 0, 1).tolist()}
-        for k, v in (seen | also).items():
-            progress["history"].setdefault(k, []).append(v)
-        x_few, y_few, step = x_val[:256], y_val[:256], (epoch + 1) * steps
+        x_few, y_few = x_val[:256], y_val[:256]
         x_adv = pgd10(net, x_few, y_few, eps_test, args.norm)
-        scalars |= {"charts/images_per_second": steps * min(args.batch_size, len(d.train.y)) / seconds,
-                    "charts/epoch_seconds": time.time() - started, "charts/learning_rate": factor * args.lr}
-        scalars |= {f"val/{k}": v for k, v in val.items()}
+        scalars |= val | {"charts/learning_rate": factor * args.lr}
         scalars |= {f"attack/{k}": v for k, v in attack_metrics(net, x_few, y_few, x_adv).items()}
         scalars |= {f"aalp/{k}": v for k, v in seen.items()}
-        writer.add_histogram("aalp/sample_weights", weights, step)  # under one tag it would hide the scalar
-        line = data.log_epoch(writer, f"epoch {epoch + 1}/{args.epochs}", step, scalars, attack_images(x_few, x_adv), d)
-        progress.update(epoch=epoch + 1, train_seconds=progress["train_seconds"] + seconds)
-        if score > progress["best"] or progress["best"] <= 0:  # until an epoch counts, the latest
-            progress["best"] = score
-            checkpoint("best.pt")
-        checkpoint("last.pt")  # last of all: a run that dies before this repeats the epoch and finds all in place
-        data.show(bar, line)
-    bar.close()
+        # Under one tag it would hide the scalar.
+        run.writer.add_histogram("aalp/sample_weights", weights, (epoch + 1) * run.steps)
+        run.end_epoch(seconds, val[f"val/{selected}_acc"], scalars, attack_images(x_few, x_adv), seen | also)
 
     # Final evaluation: the test split, for the first and only time.
     data.tune(False, exact=True)
-    print(f"testing on {len(y_test)} images at eps {255 * eps_test:g}/255, hundreds of steps each ...", flush=True)
     table = {}
-    for names, state in data.checkpoints(args.eval_only or run_dir, SCRIPT):  # the best, then the last
+    for names, state in run.tested(eps_test):  # the best, then the last
         net.load_state_dict(state["net"])
         if not table:  # what the method is about: of the best alone
             method = measure(net, x_test, y_test, eps_test, args)
@@ -486,5 +448,5 @@ if __name__ == "__main__":
     o1, o2 = ("n50_features", "n90_features", "n50_map", "n90_map"), ("conflicting", "overemphasised")
     lines = [("O1, test", "clean", "adversarial"), *((k, tested[k + "_clean"], tested[k + "_adv"]) for k in o1), (),
              ("O2, test", "logits", "parameters"), *((k, tested[k + "_logits"], tested[k + "_parameters"]) for k in o2)]
-    data.publish(args, run_dir, writer, d, info, eps_test, state, table, method, lines)
+    run.publish(eps_test, state, table, method, lines)
     distributed.finish()

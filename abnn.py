@@ -24,12 +24,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from common import data, distributed
 from common.pgd import above, attack_images, attack_metrics, frame_mask, in_a_pass, likeliest_wrong
-from common.pgd import masked_attack, pgd, pgd10, robustness_curve, survivors, unbroken, universal
+from common.pgd import masked_attack, pgd, pgd10, robustness_curve, survivors, unbroken, universal, validate
 
 SCRIPT = Path(__file__).stem
 
@@ -655,13 +653,14 @@ if __name__ == "__main__":
     # Arguments. A run that is continued or evaluated brings its own.
     distributed.start()  # with torchrun: one process for each GPU
     args = tyro.cli(Args, description=__doc__)
-    run, run_dir = data.named_run(args)
-    if run:
-        net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
+    named, folder = data.named_run(args)
+    state = None
+    if named:
+        net, own, state = load(named, name="last.pt" if args.resume else "best.pt")
         args = tyro.cli(Args, description=__doc__, default=own)  # again: flags given now override the run's own
         data.check_same(args, own, state, free_in_test=["attack_strength"])
     given, video = args, args.dataset in data.VIDEO
-    if not run:
+    if not named:
         unused = ["frames"] * (not video) + ["split"] * (args.dataset != "ucf101")
         unused += ["step_size"] * (args.defense != "at")
         unused += ["substitute", "substitute_arch", "substitute_width", "statistics", "moments", "equalised",
@@ -674,95 +673,57 @@ if __name__ == "__main__":
         raise data.UserError(f"--arch {args.arch} is not for {args.dataset}: one is of images, the other of video")
     if args.width and args.arch in TORCHVISION:
         raise data.UserError(f"{args.arch} has a width of its own: leave --width out")
-    if args.defense == "abnn" and not run:
+    if args.defense == "abnn" and not named:
         args, substitute = find_substitute(args)
     preset = {k: v for k, v in asdict(args).items() if v != getattr(given, k)}
 
     # Data, network, optimiser.
     device = data.device(args.device)
-    d = data.load_as(args, device, state=state if run else None)
+    d = data.load_as(args, device, state=state)
     # Both stay uint8; floats are made of a few at a time: of all ucf101 test clips they would take up to 23 GB.
     (x_val, y_val), (x_test, y_test) = d.val, d.test
     if video:
         x_val = data.centre_clips(x_val, args.frames, SIDES.get(args.dataset, 32))
     few = min(256, 2 * in_a_pass(x_val))  # samples to watch training with
     torch.manual_seed(args.seed)
-    net = data.to_device(net if run else build(args, len(d.classes)), device)
-    if not run and args.defense == "abnn":
+    net = data.to_device(net if named else build(args, len(d.classes)), device)
+    if not named and args.defense == "abnn":
         assemble(net, args, d, device, substitute)
-    elif not run:
+    elif not named:
         net.load_state_dict(clean_network(args, d, device).state_dict())  # all defenses start from the same T  [D5]
     if args.compile:
         net.compile(dynamic=False)  # a graph for each batch size: one for all sizes would be slower
     optimizer = optimizer_of(net, args)
-    steps = data.steps_per_epoch(len(d.train.y), args.batch_size, shared=not args.eval_only)
-    majority = y_val.bincount().max().item() / len(y_val)
+    selected = "robust" if args.defense == "at" else "clean"  # validation accuracy by which the best epoch is chosen
 
-    # The run's folder.
-    progress = dict(epoch=0, best=-1.0, train_seconds=0.0, history={})
-    if run:
-        progress = {k: state[k] for k in progress}
-        optimizer.load_state_dict(state["optimizer"])
-    else:
-        run_dir = data.new_folder(args.runs_dir, f"{d.name}__{SCRIPT}__{args.seed}__{int(time.time())}")
-
-    def checkpoint(name):
-        data.save(run_dir / name, dict(script=SCRIPT, args=asdict(args), data=d.name, classes=len(d.classes),
-                                       processes=distributed.world(), net=net.state_dict(),
-                                       optimizer=optimizer.state_dict(), **progress))
-
-    info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, **data.environment(device))
-    Writer = distributed.Silent if distributed.rank() or args.eval_only else SummaryWriter
-    writer = Writer(run_dir, purge_step=progress["epoch"] * steps + 1)  # a resumed run writes what follows again
-    if not run:
-        data.write_arguments(run_dir, args, info, preset, writer)
-        checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
-    data.announce(run_dir, net, d, info, preset)
-
-    # Training. With disable=None the bar is hidden where there is no terminal.
-    bar = tqdm(total=args.epochs * steps, initial=progress["epoch"] * steps, disable=distributed.rank() > 0 or None)
-    for epoch in range(progress["epoch"], 0 if args.eval_only else args.epochs):
+    # Training. The run is its folder, TensorBoard log and checkpoints.
+    run = data.Run(SCRIPT, args, d, {"net": net, "optimizer": optimizer}, args.epochs, preset, folder, state)
+    for epoch in range(run.progress["epoch"], 0 if args.eval_only else args.epochs):
         started = time.time()
-        scalars = train_epoch(net, optimizer, d, args, epoch, bar)
+        scalars = train_epoch(net, optimizer, d, args, epoch, run.bar)
         seconds = time.time() - started
 
         # Validation under the full white box. Robust accuracy chooses the best epoch only for `at`: otherwise
         # few samples will do.
         net.eval()
-        by_robust = args.defense == "at"
-        n = None if by_robust else few
-        clean = survivors(net, x_val, y_val, eps=0, steps=0)
-        robust = survivors(net, x_val[:n], y_val[:n], clean[:n], eps=args.eps, steps=10, norm=args.norm)
-        val = {k: mask.sum().item() / len(mask) for k, mask in (("clean_acc", clean), ("robust_acc", robust))}
-        # Predicting one class for everything resists all attacks but is no classifier.
-        score = val["robust_acc" if by_robust else "clean_acc"] if val["clean_acc"] > majority + 0.01 else 0.0
-        x_few, y_few, step = data.to_float(x_val[:few]), y_val[:few], (epoch + 1) * steps
+        val = validate(net, x_val, y_val, args.eps, args.norm, n=None if args.defense == "at" else few)
+        x_few, y_few = data.to_float(x_val[:few]), y_val[:few]
         x_adv = pgd10(net, x_few, y_few, args.eps, args.norm)
-        scalars |= {"charts/images_per_second": steps * min(args.batch_size, len(d.train.y)) / seconds,
-                    "charts/epoch_seconds": time.time() - started,
-                    "charts/learning_rate": optimizer.param_groups[0]["lr"]}
-        scalars |= {f"val/{k}": v for k, v in val.items()}
+        scalars |= val | {"charts/learning_rate": optimizer.param_groups[0]["lr"]}
         scalars |= {f"attack/{k}": v for k, v in attack_metrics(net, x_few, y_few, x_adv).items()}
+        history = {}
         if args.defense == "abnn":  # how far the statistics of T are from those of S: does it learn to align them?
             for kind, images in (("clean", x_few), ("adv", x_adv)):
                 with torch.no_grad():
                     net(images, record=(record := []))
-                scalars[f"abnn/distance_{kind}"] = distance(record).item()
-                progress["history"].setdefault(f"distance_{kind}", []).append(scalars[f"abnn/distance_{kind}"])
-        line = data.log_epoch(writer, f"epoch {epoch + 1}/{args.epochs}", step, scalars, attack_images(x_few, x_adv), d)
-        progress.update(epoch=epoch + 1, train_seconds=progress["train_seconds"] + seconds)
-        if score > progress["best"] or progress["best"] <= 0:  # until an epoch counts, the latest
-            progress["best"] = score
-            checkpoint("best.pt")
-        checkpoint("last.pt")  # last of all: a run that dies before this repeats the epoch and finds all in place
-        data.show(bar, line)
-    bar.close()
+                history[f"distance_{kind}"] = distance(record).item()
+        scalars |= {f"abnn/{k}": v for k, v in history.items()}
+        run.end_epoch(seconds, val[f"val/{selected}_acc"], scalars, attack_images(x_few, x_adv), history)
 
     # Final evaluation: the test split, for the first and only time.
     data.tune(False, exact=True)
-    print(f"testing on {len(y_test)} {d.kind} at eps {255 * args.eps:g}/255, hundreds of steps each ...", flush=True)
     table, others = {}, transfer_models(net, args)
-    for names, state in data.checkpoints(args.eval_only or run_dir, SCRIPT):  # the best, then the last
+    for names, state in run.tested(args.eps):  # the best, then the last
         net.load_state_dict(state["net"])
         if not table:  # what the method is about: of the best alone
             known = data.to_float(x_val[: min(100, few)]), y_val[: min(100, few)]
@@ -770,9 +731,9 @@ if __name__ == "__main__":
         row = evaluate(net, x_test, y_test, args.eps, args.norm, others)
         table |= dict.fromkeys(names, {"epoch": state["epoch"], **row})  # the best may be the last
     method["history"], threats = state["history"], method["threats"]
-    columns, end = ("clean", *KINDS, "all"), state["epoch"] * steps
+    columns, end = ("clean", *KINDS, "all"), state["epoch"] * run.steps
     lines = [(args.defense, *columns), *((k, *(row.get(name, "") for name in columns)) for k, row in threats.items()),
              (), *((f"warning: {w}",) for w in method["warnings"]), (method["verdict"],)]
     points = [(f"test/{name.replace(' ', '_')}_{k}", v, end) for name, row in threats.items() for k, v in row.items()]
-    data.publish(args, run_dir, writer, d, info, args.eps, state, table, method, lines, points)
+    run.publish(args.eps, state, table, method, lines, points)
     distributed.finish()

@@ -13,7 +13,7 @@ With a constant weight for all images in place of the predicted ones: 88.8 % cle
 import math
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -22,11 +22,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from common import data, distributed
-from common.pgd import attack_images, attack_metrics, pgd, pgd10, robustness_curve, survivors, usual_eps
+from common.pgd import attack_images, attack_metrics, pgd, pgd10, robustness_curve, survivors, usual_eps, validate
 
 SCRIPT = Path(__file__).stem
 
@@ -65,9 +63,8 @@ class Args:
     eps_warmup_epochs: float | None = None  # epochs over which the training eps rises from 0
     # --- Method
     bn: Literal["dual", "single"] = "dual"  # single: plain PGD adversarial training, the baseline
-    fusion: Literal["learned"] | float = "learned"  # weight w: predicted, or fixed at this, from 0 to 1 (no stage 2)
     gate: Literal["probe", "layer"] = "probe"  # w from a first pass along BN_c, or in each layer from its input
-    gate_epochs: int | None = None  # epochs of stage 2, which trains the gate
+    gate_epochs: int | None = None  # epochs of stage 2, which trains the gate. 0: w stays at 0.9
     gate_lr: float = 3e-3  # peak learning rate of Adam in stage 2
     harden: float = 0.25  # share of the attacks of stage 2 with w frozen at 0, 1/2 or 1
     finetune: Literal["gate", "all"] = "gate"  # what stage 2 trains; the network at a tenth of the rate
@@ -244,7 +241,7 @@ class AFANet(PreActResNet):
         self.probe = args.bn == "dual" and args.gate == "probe"
         if self.probe:
             self.gate = Gate(2 * sum(norm.clean.num_features for norm in norms), self.layers)
-        self.default_w = 1.0 if args.bn == "single" else None if args.fusion == "learned" else float(args.fusion)
+        self.default_w = None if args.bn == "dual" else 1.0
 
     def predict_weights(self, x):
         """The probe pass: statistics of all layers along BN_c, where an attack shows, to weights (N, layers).  [D2]"""
@@ -254,7 +251,7 @@ class AFANet(PreActResNet):
 
     def forward(self, x, w=None, record=None):
         """Logits (N, classes). w: a float for all, or a tensor (N, layers), or (1, layers) for all images. None: the
-        predicted weights, with `--fusion` that one, and 1 with a single BatchNorm."""
+        predicted weights, or 1 with a single BatchNorm."""
         w = self.default_w if w is None else w
         if w is None and self.probe:
             w = self.predict_weights(x)
@@ -318,8 +315,7 @@ def evaluate(net, x, y, eps, norm, others=(), batch_size=None):
 
 def transfer_models(net, args):
     """What the column `transfer` is crafted on, in the test and in benchmark/audit.py."""
-    learned = args.bn == "dual" and args.fusion == "learned"
-    return [partial(net, w=w) for w in FROZEN] if learned else []
+    return [partial(net, w=w) for w in FROZEN] if args.bn == "dual" else []
 
 
 @torch.no_grad()
@@ -329,25 +325,20 @@ def fusing_weights(net, x):
     return torch.stack([w for _, w in record], 1)
 
 
-def constant_weights(net, x, y, eps, args):
-    """The control: the mean of the predicted weights over images and their PGD-10 examples, (1, layers).  [D8]"""
-    both = [fusing_weights(net, images) for images in (x, pgd10(net, x, y, eps, args.norm))]
-    return torch.cat(both).mean(0, keepdim=True)
-
-
 @torch.no_grad()
-def measure(net, x, y, eps, args, constant=None):
+def measure(net, x, y, known, eps, args):
     """What the paper claims, against the strength of the attack: accuracy, weights, feature statistics.  [D6]
 
-    `constant` (1, layers) are weights that are the same for every image, to compare predicted ones with.  [D8]
+    The control has the same weights for every image: the mean of those predicted for the images `known` (x, y) and
+    their PGD-10 examples.  [D8]
     """
     models = {"model": net} | {f"w={w:g}": partial(net, w=w) for w in FROZEN if args.bn == "dual"}
     curves = {name: robustness_curve(model, x, y, eps, args.norm) for name, model in models.items()}
+    result = {"curves": curves, "strengths": [eps * i / 8 for i in range(9)], "statistics": {}}
     if args.bn == "dual":  # the oracle is told eps and takes the best of the three: the bar for a learned weight
         curves["oracle"] = {k: max(curves[name][k] for name in curves if name != "model") for k in curves["model"]}
-    result = {"curves": curves, "strengths": [eps * i / 8 for i in range(9)], "statistics": {}}
-    if constant is not None:
-        control = partial(net, w=constant)
+        both = [fusing_weights(net, images) for images in (known[0], pgd10(net, *known, eps, args.norm))]
+        control = partial(net, w=torch.cat(both).mean(0, keepdim=True))
         curves["constant"] = robustness_curve(control, x, y, eps, args.norm)
         result["constant"] = evaluate(control, x, y, eps, args.norm)
     x, y = x[:256], y[:256]
@@ -384,65 +375,43 @@ if __name__ == "__main__":
     # Arguments. A run that is continued or evaluated brings its own.
     distributed.start()  # with torchrun: one process for each GPU
     args = tyro.cli(Args, description=__doc__)
-    run, run_dir = data.named_run(args)
-    if run:
-        net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
+    named, folder = data.named_run(args)
+    state = None
+    if named:
+        net, own, state = load(named, name="last.pt" if args.resume else "best.pt")
         args = tyro.cli(Args, description=__doc__, default=own)  # again: flags given now override the run's own
         data.check_same(args, own, state)
-    learned = args.bn == "dual" and args.fusion == "learned"
-    if not run:
-        unused = ["step_size"] * (args.eps == 0) + ["fusion"] * (args.bn == "single")
-        unused += ["gate", "gate_epochs", "gate_lr", "harden", "finetune"] * (not learned)
+    dual = args.bn == "dual"
+    if not named:
+        unused = ["step_size"] * (args.eps == 0)
+        unused += ["gate", "gate_epochs", "gate_lr", "harden", "finetune"] * (not dual)
         data.refuse_unused(args, *unused)
     preset = {k: v for k, v in PRESETS[args.dataset][args.preset].items() if getattr(args, k) is None}
     args = replace(args, **preset)
-    data.check(args, gate_epochs=(int(learned), math.inf), gate_lr=(1e-9, math.inf), harden=(0, 1), fusion=(0, 1))
+    data.check(args, gate_epochs=(0, math.inf), gate_lr=(1e-9, math.inf), harden=(0, 1))
 
     # Data, network, optimisers.
     device = data.device(args.device)
-    d = data.load_as(args, device, state=state if run else None)
+    d = data.load_as(args, device, state=state)
     x_val, y_val, x_test, y_test = data.to_float(d.val.x), d.val.y, data.to_float(d.test.x), d.test.y
     torch.manual_seed(args.seed)
-    net = data.to_device(net if run else build(args, len(d.classes)), device)
+    net = data.to_device(net if named else build(args, len(d.classes)), device)
     if args.compile:
         net.compile(dynamic=False)  # a graph for each batch size: one for all sizes would be slower
     gate = [p for name, p in net.named_parameters() if "gate." in name]
     body = [p for name, p in net.named_parameters() if "gate." not in name]
     optimizers = {1: torch.optim.SGD([dict(params=body, peak=args.lr)], momentum=0.9, nesterov=True, fused=True,
                                      weight_decay=args.weight_decay)}
-    if learned:
+    if dual:
         slow = [dict(params=body, peak=args.gate_lr / 10)] if args.finetune == "all" else []
         optimizers[2] = torch.optim.Adam([dict(params=gate, peak=args.gate_lr), *slow])
-    stages = [1] * args.epochs + [2] * (args.gate_epochs if learned else 0)
-    steps = data.steps_per_epoch(len(d.train.y), args.batch_size, shared=not args.eval_only)
-    majority = y_val.bincount().max().item() / len(y_val)
+    stages = [1] * args.epochs + [2] * (args.gate_epochs if dual else 0)
     eps_test = args.eps or usual_eps(args.norm)  # an undefended network is tested like the others
 
-    # The run's folder.
-    progress = dict(epoch=0, best=-1.0, train_seconds=0.0)
-    if run:
-        progress = {k: state[k] for k in progress}
-        for k, optimizer in optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][k])
-    else:
-        run_dir = data.new_folder(args.runs_dir, f"{d.name}__{SCRIPT}__{args.seed}__{int(time.time())}")
-
-    def checkpoint(name):
-        data.save(run_dir / name, dict(script=SCRIPT, args=asdict(args), data=d.name, classes=len(d.classes),
-                                       processes=distributed.world(), net=net.state_dict(),
-                                       optimizers={k: o.state_dict() for k, o in optimizers.items()}, **progress))
-
-    info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, **data.environment(device))
-    Writer = distributed.Silent if distributed.rank() or args.eval_only else SummaryWriter
-    writer = Writer(run_dir, purge_step=progress["epoch"] * steps + 1)  # a resumed run writes what follows again
-    if not run:
-        data.write_arguments(run_dir, args, info, preset, writer)
-        checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
-    data.announce(run_dir, net, d, info, preset)
-
-    # Training. With disable=None the bar is hidden where there is no terminal.
-    bar = tqdm(total=len(stages) * steps, initial=progress["epoch"] * steps, disable=distributed.rank() > 0 or None)
-    for epoch in range(progress["epoch"], 0 if args.eval_only else len(stages)):
+    # Training. The run is its folder, TensorBoard log and checkpoints.
+    parts = {"net": net, **{f"optimizer{stage}": optimizer for stage, optimizer in optimizers.items()}}
+    run = data.Run(SCRIPT, args, d, parts, len(stages), preset, folder, state)
+    for epoch in range(run.progress["epoch"], 0 if args.eval_only else len(stages)):
         stage, started, sums = stages[epoch], time.time(), defaultdict(float)
         first, length = (0, args.epochs) if stage == 1 else (args.epochs, args.gate_epochs)
         net.requires_grad_(stage == 1 or args.finetune == "all")  # stage 2 trains the gate alone, or everything
@@ -452,7 +421,7 @@ if __name__ == "__main__":
         # All randomness follows from (seed, epoch); with several processes each draws noise of its own.
         generator = torch.Generator(device).manual_seed(distributed.seed(2_000_003 * args.seed + epoch))
         for i, (x, y) in enumerate(data.batches(d.train, args.batch_size, seed=args.seed, epoch=epoch, **d.augment)):
-            t = epoch - first + (i + 0.5) / steps  # epochs into the stage, at the middle of the step
+            t = epoch - first + (i + 0.5) / run.steps  # epochs into the stage, at the middle of the step
             if stage == 2:
                 factor = 0.5 + 0.5 * math.cos(math.pi * t / length)
             elif args.milestones:
@@ -471,7 +440,7 @@ if __name__ == "__main__":
                     net.train()
                     # Both terms of the loss; with a single BatchNorm the adversarial one alone.
                     logits = {"robust": net(x_adv, 1.0)}
-                    if args.bn == "dual":
+                    if dual:
                         logits["clean"] = net(x, 0.0)
                 else:  # the only term; BatchNorm stays in eval mode
                     logits = {"fused": net(stage2_attack(net, x, y, args, generator))}
@@ -482,9 +451,9 @@ if __name__ == "__main__":
             distributed.average_gradients(optimizers[stage])
             optimizers[stage].step()
             for k, z in logits.items():  # the sums stay on the device: reading one here would stall it
-                sums[f"losses/{k}_ce"] += losses[k].detach() / steps
-                sums[f"train/{k}_acc"] += (z.argmax(1) == y).float().mean() / steps
-            bar.update()
+                sums[f"losses/{k}_ce"] += losses[k].detach() / run.steps
+                sums[f"train/{k}_acc"] += (z.argmax(1) == y).float().mean() / run.steps
+            run.bar.update()
         scalars = data.means(sums, epoch, *((args.lr, "--lr") if stage == 1 else (args.gate_lr, "--gate-lr")))
         distributed.average_statistics(net)
         seconds = time.time() - started
@@ -492,49 +461,33 @@ if __name__ == "__main__":
 
         # Validation: in stage 1 each end on its own kind of data, in stage 2 the whole model on both.
         net.eval()
-        clean_model, model = (partial(net, w=0.0), partial(net, w=1.0)) if learned and stage == 1 else (net, net)
-        clean = survivors(clean_model, x_val, y_val, eps=0, steps=0)
-        alive = clean if model is clean_model else survivors(model, x_val, y_val, eps=0, steps=0)
-        robust = survivors(model, x_val, y_val, alive, eps=eps_test, steps=10, norm=args.norm)
-        val = {k: mask.sum().item() / len(mask) for k, mask in (("clean_acc", clean), ("robust_acc", robust))}
-        # AFA is for all strengths: clean and robust accuracy both count.  [D7]
-        score = sum(val.values()) / 2 if learned else val["robust_acc" if args.eps else "clean_acc"]
-        # Predicting one class for everything resists all attacks but is no classifier.
-        score = score if val["clean_acc"] > majority + 0.01 else 0.0
-        x_few, y_few, step = x_val[:256], y_val[:256], (epoch + 1) * steps
+        clean_model, model = (partial(net, w=0.0), partial(net, w=1.0)) if dual and stage == 1 else (None, net)
+        val = validate(model, x_val, y_val, eps_test, args.norm, clean_model=clean_model)
+        # AFA is for all strengths: clean and robust accuracy both count, in the last stage.  [D7]
+        score = sum(val.values()) / 2 if dual else val["val/robust_acc" if args.eps else "val/clean_acc"]
+        x_few, y_few = x_val[:256], y_val[:256]
         x_adv = pgd10(model, x_few, y_few, eps_test, args.norm)
-        scalars |= {"charts/images_per_second": steps * min(args.batch_size, len(d.train.y)) / seconds,
-                    "charts/epoch_seconds": time.time() - started,
-                    "charts/learning_rate": optimizers[stage].param_groups[0]["lr"]}
-        scalars |= {f"val/{k}": v for k, v in val.items()}
+        scalars |= val | {"charts/learning_rate": optimizers[stage].param_groups[0]["lr"]}
         scalars |= {f"attack/{k}": v for k, v in attack_metrics(model, x_few, y_few, x_adv).items()}
         if stage == 2:
             for kind, images in (("clean", x_few), ("adv", x_adv)):
                 weights = fusing_weights(net, images)
                 scalars[f"afa/weight_{kind}"] = weights.mean().item()
-                writer.add_histogram(f"afa/weights_{kind}", weights, step)  # under one tag it would hide the scalar
-        line = data.log_epoch(writer, f"epoch {epoch + 1}/{len(stages)}", step, scalars, attack_images(x_few, x_adv), d)
-        progress.update(epoch=epoch + 1, train_seconds=progress["train_seconds"] + seconds)
-        if stage == stages[-1] and (score > progress["best"] or progress["best"] <= 0):  # until one counts, the latest
-            progress["best"] = score
-            checkpoint("best.pt")
-        checkpoint("last.pt")  # last of all: a run that dies before this repeats the epoch and finds all in place
-        data.show(bar, line)
-    bar.close()
+                # Under one tag it would hide the scalar.
+                run.writer.add_histogram(f"afa/weights_{kind}", weights, (epoch + 1) * run.steps)
+        run.end_epoch(seconds, score if stage == stages[-1] else None, scalars, attack_images(x_few, x_adv))
 
     # Final evaluation: the test split, for the first and only time.
     data.tune(False, exact=True)
-    print(f"testing on {len(y_test)} images at eps {255 * eps_test:g}/255, hundreds of steps each ...", flush=True)
     table, others = {}, transfer_models(net, args)
-    for names, state in data.checkpoints(args.eval_only or run_dir, SCRIPT):  # the best, then the last
+    for names, state in run.tested(eps_test):  # the best, then the last
         net.load_state_dict(state["net"])
         if not table:  # what the method is about: of the best alone
-            constant = constant_weights(net, x_val[:256], y_val[:256], eps_test, args) if learned else None
-            method = measure(net, x_test, y_test, eps_test, args, constant)
+            method = measure(net, x_test, y_test, (x_val[:256], y_val[:256]), eps_test, args)
         row = evaluate(net, x_test, y_test, eps_test, args.norm, others)
         table |= dict.fromkeys(names, {"epoch": state["epoch"], **row})  # the best may be the last
     at, lines, points = [255 * e for e in method["strengths"]], [], []
-    if learned:
+    if dual:
         lines = [("control", *method["constant"]), ("constant w", *method["constant"].values()), (), ("mean w at eps",)]
         for e, weights in zip(at, method["weight_mean"]):
             lines.append((f"{e:.4g}/255", sum(weights) / len(weights)))
@@ -542,5 +495,5 @@ if __name__ == "__main__":
     for name, statistic in method["statistics"].items():
         for what, layers in zip(("mean", "log_sd"), zip(*statistic["shift"])):  # shift: [layer][mean, log_sd][strength]
             points += [(f"afa/shift_{what}/{name}", sum(v) / len(v), e) for e, *v in zip(at, *layers)]
-    data.publish(args, run_dir, writer, d, info, eps_test, state, table, method, lines, points)
+    run.publish(eps_test, state, table, method, lines, points)
     distributed.finish()

@@ -13,7 +13,7 @@ Embedded data, 8/255, 3 seeds, worst case: AT 79.7 %, with VFD 79.5 %; clean 87.
 import math
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -22,11 +22,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from common import data, distributed
-from common.pgd import attack_images, attack_metrics, kl, pgd, pgd10, robustness_curve, survivors, usual_eps
+from common.pgd import attack_images, attack_metrics, kl, pgd, pgd10, robustness_curve, survivors, usual_eps, validate
 
 SCRIPT = Path(__file__).stem
 
@@ -68,14 +66,10 @@ class Args:
     beta: float | None = None  # weight of the KL term of trades and mart (None: 6 and 5)
     lambda_adv: float | None = None  # weight of d(S(x'), T(x)) (None: 0.03 D/C, see D2 in the docs; printed)
     lambda_nat: float | None = None  # weight of d(S(x), T(x)) (None: likewise). Both 0: the plain base, no teacher
-    distance: Literal["mse", "cosine", "normalized-mse"] = "mse"  # d; mse is a mean over batch and dimensions
     distill: Literal["features", "logits"] = "features"  # what is paired: input or output of the last layer
-    clean_pass: Literal["auto", "frozen", "update"] = "auto"
-    """clean pass of at. auto: where lambda_nat needs one; frozen: always; update: it moves BatchNorm's statistics"""
+    clean_statistics: bool = False  # control for at: a clean pass moves BatchNorm's statistics too, as in the others
     teacher: str | None = None  # a run's folder or .pt file with a plain network (None: train one, or reuse it)
-    teacher_arch: Literal["preactresnet18", "wrn-34-10", "preactresnet8"] | None = None  # (None: as --arch)
-    teacher_width: int | None = None  # channels of its first stage (None: as --width, or its own architecture's)
-    teacher_epochs: int | None = None  # passes over the training images, plain cross-entropy, one cycle
+    teacher_epochs: int | None = None  # its passes over the training images, plain cross-entropy, one cycle
     teacher_lr: float | None = None  # peak learning rate of that
 
 
@@ -165,13 +159,12 @@ class PreActResNet(nn.Module):
 # paper        here                    meaning
 # x, x'        x, x_adv                an image, and its PGD example
 # S, T         net, teacher            the network trained; the vanilla network, frozen, in eval mode
-# phi          phi, phi_adv, phi_t     pooled features, input of the last layer: (N, d) of S for x and x', (N, D) of T
+# phi          phi, phi_adv, phi_t     pooled features (N, D), input of the last layer: of S for x, x', of T for x
 # z, z'        z, z_adv, z_t           logits (N, C) of S for x and x', and of T for x; C classes
 # s, s', t     s, s_adv, taught        what is paired: the phi, or with `--distill logits` the logits
-# P            projection              linear map from d to D where they differ, otherwise the identity
 # beta         args.beta               weight of the base's own regulariser
 # lambda       args.lambda_adv, _nat   weights of the two pairs
-# lambda_0     unit, in the main part  the unit of these weights: D/C if features are paired by mse, otherwise 1
+# lambda_0     unit, in the main part  the unit of these weights: D/C where features are paired, 1 for logits
 # D1, D2, ...  docs/vfd_adv.md         our decisions where the abstract leaves the choice open
 
 
@@ -195,26 +188,13 @@ def base_loss(z, z_adv, y, args):
     return terms["boosted_ce"] + args.beta * terms["weighted_kl"], terms
 
 
-def pair_distance(s, t, kind):
-    """d(s, t) of two batches (N, D), one number, without a gradient into t.  [D1]
-
-    mse: mean over batch and dimensions. normalized-mse: mse divided by the variance of t in the batch, so that the
-    constant mean reaches 1. cosine: 1 - cos, mean over the batch.
-    """
-    t = t.detach()
-    if kind == "cosine":
-        return 1 - F.cosine_similarity(s, t).mean()
-    mse = (s - t).square().mean()
-    return mse if kind == "mse" else mse / (t - t.mean(0)).square().mean().clamp_min(1e-12)
-
-
-def vfd_loss(s, s_adv, t, args, projection=lambda s: s):
+def vfd_loss(s, s_adv, t, args):
     """L_VFD = lambda_adv d(s', t) + lambda_nat d(s, t), of phi or logits (N, D) of S(x'), S(x), T(x); unweighted terms.
 
-    A pair of weight 0 is skipped: there may be no S(x).
+    d is the squared error, a mean over batch and dimensions.  [D1] A pair of weight 0 is skipped: there may be no S(x).
     """
     pairs = {"distance_adv": (args.lambda_adv, s_adv), "distance_nat": (args.lambda_nat, s)}
-    terms = {k: pair_distance(projection(v).float(), t, args.distance) for k, (weight, v) in pairs.items() if weight}
+    terms = {k: (v - t.detach()).square().mean() for k, (weight, v) in pairs.items() if weight}
     return sum(pairs[k][0] * d for k, d in terms.items()), terms
 
 
@@ -227,8 +207,7 @@ def track_statistics(net, on):
 
 def vanilla_teacher(args, d):
     """Path of the vanilla network that the arguments ask for; it is trained now if it is not in the cache.  [D3]"""
-    arch = args.teacher_arch or args.arch
-    width = args.teacher_width or (args.width if arch == args.arch else None) or ARCHS[arch][0]
+    arch, width = args.arch, args.width or ARCHS[args.arch][0]
     own = dict(dataset=args.dataset, arch=arch, width=width, seed=args.seed, epochs=args.teacher_epochs,
                lr=args.teacher_lr, batch_size=args.batch_size, weight_decay=args.weight_decay, bf16=args.bf16)
     name = f"{d.name}__{arch}__{width}__{args.seed}"
@@ -307,11 +286,11 @@ def evaluate(net, x, y, eps, norm, others=(), batch_size=None):
     return {name: mask.sum().item() / len(y) for name, mask in alive.items()}
 
 
-def compare(net, projection, teacher, x, y, eps, args):
+def compare(net, teacher, x, y, eps, args):
     """How far S's outputs (N, d) for x and for PGD-10's x' are from T's (N, D) for x, in eval mode, as numbers.  [D6]
 
-    distance: the normalised squared error. cka: linear CKA, 1 for the same up to rotation and scale (Kornblith et al.
-    2019, arXiv 1905.00414).
+    distance: the squared error over the variance of T's in the batch, so that their constant mean reaches 1. cka:
+    linear CKA, 1 for the same up to rotation and scale (Kornblith et al. 2019, arXiv 1905.00414).
     """
     result, which = {}, 1 if args.distill == "features" else 0  # of (logits, features)
     x_adv = pgd10(net, x, y, eps, args.norm)
@@ -322,8 +301,8 @@ def compare(net, projection, teacher, x, y, eps, args):
             a, b = s - s.mean(0), t - t.mean(0)
             cka = (a.T @ b).square().sum() / ((a.T @ a).norm() * (b.T @ b).norm()).clamp_min(1e-12)
             result[f"cka_{kind}"] = cka.item()
-            if (s := projection(s)).shape == t.shape:  # without distillation there is no projection
-                result[f"distance_{kind}"] = pair_distance(s, t, "normalized-mse").item()
+            if s.shape == t.shape:  # a --teacher that is only looked at may be of another width
+                result[f"distance_{kind}"] = ((s - t).square().mean() / b.square().mean().clamp_min(1e-12)).item()
     return result
 
 
@@ -342,7 +321,7 @@ def usefulness(features, features_adv, y, classes):
     return {"clean": clean.abs().tolist(), "adv": (adv * clean.sign()).tolist()}
 
 
-def measure(net, projection, teacher, x, y, eps, args):
+def measure(net, teacher, x, y, eps, args):
     """Accuracy against the strength of the attack; usefulness of the features and distances to T on test images."""
     result = {"curves": {"model": robustness_curve(net, x, y, eps, args.norm)}, "usefulness": {}}
     if teacher is not None:
@@ -356,7 +335,7 @@ def measure(net, projection, teacher, x, y, eps, args):
             features = [torch.cat([model.features(part) for part in v.split(250)]) for v in (x, x_adv)]
         result["usefulness"][name] = usefulness(*features, y, model.fc.out_features)
     if teacher is not None:
-        result["distance"] = compare(net, projection, teacher, x[:256], y[:256], eps, args)
+        result["distance"] = compare(net, teacher, x[:256], y[:256], eps, args)
     return result
 
 
@@ -373,93 +352,69 @@ if __name__ == "__main__":
     # Arguments. A run that is continued or evaluated brings its own.
     distributed.start()  # with torchrun: one process for each GPU
     args = tyro.cli(Args, description=__doc__)
-    run, run_dir = data.named_run(args)
-    if run:
-        net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
+    named, folder = data.named_run(args)
+    state = None
+    if named:
+        net, own, state = load(named, name="last.pt" if args.resume else "best.pt")
         args = tyro.cli(Args, description=__doc__, default=own)  # again: flags given now override the run's own
         data.check_same(args, own, state)
     else:
-        unused = ["step_size"] * (args.eps == 0) + ["beta"] * (args.base == "at")
-        plain = args.lambda_adv == args.lambda_nat == 0  # the distance to a --teacher is measured even so
-        unused += ["distill"] * (plain and args.teacher is None) + ["distance"] * plain
+        unused = ["step_size"] * (args.eps == 0) + ["beta" if args.base == "at" else "clean_statistics"]
+        # Without distillation, the distance to a --teacher is measured even so.
+        unused += ["distill"] * (args.lambda_adv == args.lambda_nat == 0 and args.teacher is None)
         if args.teacher is not None:
-            unused += ["teacher_arch", "teacher_width", "teacher_epochs", "teacher_lr"]
+            unused += ["teacher_epochs", "teacher_lr"]
         data.refuse_unused(args, *unused)
     preset = {**PRESETS[args.dataset][args.preset], "beta": BETA[args.base]}
     preset["lr"] *= 0.5 if args.base == "mart" else 1.0  # at the others' rate it loses classes on the way  [D8]
     preset = {k: v for k, v in preset.items() if getattr(args, k) is None}
     args = replace(args, **preset)
     data.check(args, beta=(0, math.inf), lambda_adv=(0, math.inf), lambda_nat=(0, math.inf),
-               teacher_width=(1, math.inf), teacher_epochs=(1, math.inf), teacher_lr=(1e-9, math.inf))
-    if args.base != "at" and args.clean_pass != "auto":
-        raise data.UserError(f"--clean-pass is for --base at: {args.base} has a clean pass of its own")
+               teacher_epochs=(1, math.inf), teacher_lr=(1e-9, math.inf))
 
     # Data, teacher, network, optimiser.
     device = data.device(args.device)
-    d = data.load_as(args, device, state=state if run else None)
+    d = data.load_as(args, device, state=state)
     x_val, y_val, x_test, y_test = data.to_float(d.val.x), d.val.y, data.to_float(d.test.x), d.test.y
     data.tune(False)  # no tuning yet: evaluation has batches of many sizes
-    teacher, projection = None, nn.Identity()
+    teacher, beside = None, []
     if args.teacher or args.lambda_adv != 0 or args.lambda_nat != 0:  # a weight left at None is not 0
-        path = run_dir / "teacher.pt" if run else args.teacher or vanilla_teacher(args, d)
+        path = folder / "teacher.pt" if named else args.teacher or vanilla_teacher(args, d)
         teacher, teacher_state = load_teacher(path, args, len(d.classes), device)
+        beside = [("teacher.pt", teacher_state)]  # kept with the run: resuming needs it, and the cache may be emptied
         teacher_val = survivors(teacher, x_val, y_val, eps=0, steps=0).float().mean().item()
         print(f"teacher {path}: clean accuracy {teacher_val:.3f} on validation images", flush=True)
         # lambda_0: a mean over D features then weighs as much per coordinate as one over C logits.  [D2]
-        unit = teacher.fc.in_features / len(d.classes) if (args.distance, args.distill) == ("mse", "features") else 1.0
+        unit = teacher.fc.in_features / len(d.classes) if args.distill == "features" else 1.0
         missing = {k: round(LAMBDA * unit, 6) for k in ("lambda_adv", "lambda_nat") if getattr(args, k) is None}
         args, preset = replace(args, **missing), preset | missing
     distilling = args.lambda_adv > 0 or args.lambda_nat > 0
     torch.manual_seed(args.seed)  # after the teacher: whether it was trained now or earlier makes no difference
-    net = data.to_device(net if run else build(args, len(d.classes)), device)
+    net = data.to_device(net if named else build(args, len(d.classes)), device)
     if distilling and args.distill == "features" and net.fc.in_features != teacher.fc.in_features:
-        projection = nn.Linear(net.fc.in_features, teacher.fc.in_features).to(device)  # no part of the tested network
+        raise data.UserError(f"--teacher has {teacher.fc.in_features} features and the network {net.fc.in_features}: "
+                             "choose its --arch and --width, or --distill logits")
     if args.compile:
         net.compile(dynamic=False)  # a graph for each batch size: one for all sizes would be slower
         if teacher is not None:
             teacher.compile(dynamic=False)
-    optimizer = torch.optim.SGD([*net.parameters(), *projection.parameters()], args.lr, momentum=0.9,
-                                nesterov=True, fused=True, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, nesterov=True, fused=True,
+                                weight_decay=args.weight_decay)
     x_seen, y_seen = data.to_float(d.train.x[:256].to(device)), d.train.y[:256]  # from the training split  [D6]
-    steps = data.steps_per_epoch(len(d.train.y), args.batch_size, shared=not args.eval_only)
-    majority = y_val.bincount().max().item() / len(y_val)
-    clean_pass = args.base != "at" or args.lambda_nat > 0 or args.clean_pass != "auto"
+    clean_statistics = args.base != "at" or args.clean_statistics
     eps_test = args.eps or usual_eps(args.norm)  # an undefended network is tested like the others
+    selected = "robust" if args.eps else "clean"  # validation accuracy by which the best epoch is chosen
 
-    # The run's folder.
-    progress = dict(epoch=0, best=-1.0, train_seconds=0.0, history={})
-    if run:
-        progress = {k: state[k] for k in progress}
-        optimizer.load_state_dict(state["optimizer"])
-        projection.load_state_dict(state["projection"])
-    else:
-        run_dir = data.new_folder(args.runs_dir, f"{d.name}__{SCRIPT}__{args.seed}__{int(time.time())}")
-        if teacher is not None:
-            data.save(run_dir / "teacher.pt", teacher_state)  # resuming needs it, and the cache may be emptied
-
-    def checkpoint(name):
-        data.save(run_dir / name, dict(script=SCRIPT, args=asdict(args), data=d.name, classes=len(d.classes),
-                                       processes=distributed.world(), net=net.state_dict(),
-                                       optimizer=optimizer.state_dict(),
-                                       projection=projection.state_dict(), **progress))
-
-    info = dict(script=SCRIPT, dataset=d.name, seed=args.seed, **data.environment(device))
-    Writer = distributed.Silent if distributed.rank() or args.eval_only else SummaryWriter
-    writer = Writer(run_dir, purge_step=progress["epoch"] * steps + 1)  # a resumed run writes what follows again
-    if not run:
-        data.write_arguments(run_dir, args, info, preset, writer)
-        checkpoint("last.pt")  # an interruption in the first epoch leaves something to resume
-    data.announce(run_dir, net, d, info, preset)
-
-    # Training. With disable=None the bar is hidden where there is no terminal.
-    bar = tqdm(total=args.epochs * steps, initial=progress["epoch"] * steps, disable=distributed.rank() > 0 or None)
-    for epoch in range(progress["epoch"], 0 if args.eval_only else args.epochs):
+    # Training. The run is its folder, TensorBoard log and checkpoints.
+    parts = {"net": net, "optimizer": optimizer}
+    run = data.Run(SCRIPT, args, d, parts, args.epochs, preset, folder, state, beside)
+    for epoch in range(run.progress["epoch"], 0 if args.eval_only else args.epochs):
         started, sums = time.time(), defaultdict(float)
         data.tune(True)  # searching for fast convolutions pays in training, with its few batch sizes
         # All randomness follows from (seed, epoch); with several processes each draws noise of its own.
         generator = torch.Generator(device).manual_seed(distributed.seed(2_000_003 * args.seed + epoch))
         for i, (x, y) in enumerate(data.batches(d.train, args.batch_size, seed=args.seed, epoch=epoch, **d.augment)):
-            t = epoch + (i + 0.5) / steps  # epochs, at the middle of the step
+            t = epoch + (i + 0.5) / run.steps  # epochs, at the middle of the step
             if args.milestones:
                 factor = 0.1 ** sum(t >= m for m in args.milestones)
             else:  # one cycle: up for 30 % of the steps, then down to 0
@@ -482,8 +437,8 @@ if __name__ == "__main__":
                 # the running statistics. AT has no clean pass of its own: one that the clean pair adds must not move
                 # them. Clean images in them cost robustness, which would look like an effect of the pair.  [D5]
                 z = phi = None
-                if clean_pass:
-                    track_statistics(net, args.base != "at" or args.clean_pass == "update")
+                if clean_statistics or args.lambda_nat:
+                    track_statistics(net, clean_statistics)
                     z, phi = (v.float() for v in net(x, return_features=True))
                     track_statistics(net, True)
                 z_adv, phi_adv = (v.float() for v in net(x_adv, return_features=True))
@@ -492,18 +447,18 @@ if __name__ == "__main__":
                     with torch.no_grad():
                         z_t, phi_t = (v.float() for v in teacher(x, return_features=True))
                     s, s_adv, taught = (phi, phi_adv, phi_t) if args.distill == "features" else (z, z_adv, z_t)
-                    extra, distances = vfd_loss(s, s_adv, taught, args, projection)
+                    extra, distances = vfd_loss(s, s_adv, taught, args)
                     loss, terms = loss + extra, terms | distances
             optimizer.zero_grad()
             loss.backward()
             distributed.average_gradients(optimizer)
             optimizer.step()
             for k, v in terms.items():  # the sums stay on the device: reading one here would stall it
-                sums[f"losses/{k}"] += v.detach() / steps
+                sums[f"losses/{k}"] += v.detach() / run.steps
             for k, v in (("clean", z), ("robust", z_adv)):
                 if v is not None:
-                    sums[f"train/{k}_acc"] += (v.argmax(1) == y).float().mean() / steps
-            bar.update()
+                    sums[f"train/{k}_acc"] += (v.argmax(1) == y).float().mean() / run.steps
+            run.bar.update()
         scalars = data.means(sums, epoch, args.lr)
         distributed.average_statistics(net)
         seconds = time.time() - started
@@ -511,39 +466,23 @@ if __name__ == "__main__":
 
         # Validation, and the distances to the teacher on images of the training split.
         net.eval()
-        clean = survivors(net, x_val, y_val, eps=0, steps=0)
-        robust = survivors(net, x_val, y_val, clean, eps=eps_test, steps=10, norm=args.norm)
-        val = {k: mask.sum().item() / len(mask) for k, mask in (("clean_acc", clean), ("robust_acc", robust))}
-        # Predicting one class for everything resists all attacks but is no classifier.
-        score = val["robust_acc" if args.eps else "clean_acc"] if val["clean_acc"] > majority + 0.01 else 0.0
-        seen = {} if teacher is None else compare(net, projection, teacher, x_seen, y_seen, eps_test, args)
-        for k, v in (seen | {"val_clean": val["clean_acc"], "val_robust": val["robust_acc"]}).items():
-            progress["history"].setdefault(k, []).append(v)
-        x_few, y_few, step = x_val[:256], y_val[:256], (epoch + 1) * steps
+        val = validate(net, x_val, y_val, eps_test, args.norm)
+        seen = {} if teacher is None else compare(net, teacher, x_seen, y_seen, eps_test, args)
+        x_few, y_few = x_val[:256], y_val[:256]
         x_adv = pgd10(net, x_few, y_few, eps_test, args.norm)
-        scalars |= {"charts/images_per_second": steps * min(args.batch_size, len(d.train.y)) / seconds,
-                    "charts/epoch_seconds": time.time() - started, "charts/learning_rate": factor * args.lr}
-        scalars |= {f"val/{k}": v for k, v in val.items()}
+        scalars |= val | {"charts/learning_rate": factor * args.lr}
         scalars |= {f"attack/{k}": v for k, v in attack_metrics(net, x_few, y_few, x_adv).items()}
         scalars |= {f"vfd/{k}": v for k, v in seen.items()}
-        line = data.log_epoch(writer, f"epoch {epoch + 1}/{args.epochs}", step, scalars, attack_images(x_few, x_adv), d)
-        progress.update(epoch=epoch + 1, train_seconds=progress["train_seconds"] + seconds)
-        if score > progress["best"] or progress["best"] <= 0:  # until an epoch counts, the latest
-            progress["best"] = score
-            checkpoint("best.pt")
-        checkpoint("last.pt")  # last of all: a run that dies before this repeats the epoch and finds all in place
-        data.show(bar, line)
-    bar.close()
+        history = seen | {"val_clean": val["val/clean_acc"], "val_robust": val["val/robust_acc"]}
+        run.end_epoch(seconds, val[f"val/{selected}_acc"], scalars, attack_images(x_few, x_adv), history)
 
     # Final evaluation: the test split, for the first and only time.
     data.tune(False, exact=True)
-    print(f"testing on {len(y_test)} images at eps {255 * eps_test:g}/255, hundreds of steps each ...", flush=True)
     table, others = {}, [] if teacher is None else [teacher]
-    for names, state in data.checkpoints(args.eval_only or run_dir, SCRIPT):  # the best, then the last
+    for names, state in run.tested(eps_test):  # the best, then the last
         net.load_state_dict(state["net"])
         if not table:  # what the method is about: of the best alone
-            projection.load_state_dict(state["projection"])
-            method = measure(net, projection, teacher, x_test, y_test, eps_test, args)
+            method = measure(net, teacher, x_test, y_test, eps_test, args)
         row = evaluate(net, x_test, y_test, eps_test, args.norm, others)
         table |= dict.fromkeys(names, {"epoch": state["epoch"], **row})  # the best may be the last
     method["history"] = state["history"]
@@ -553,5 +492,5 @@ if __name__ == "__main__":
         method["teacher"] |= {**teacher_state["args"], "val_clean": teacher_val}
         seen = method["distance"]
         lines += [(k, seen[k + "_clean"], seen[k + "_adv"]) for k in ("cka", "distance") if k + "_clean" in seen]
-    data.publish(args, run_dir, writer, d, info, eps_test, state, table, method, lines)
+    run.publish(eps_test, state, table, method, lines)
     distributed.finish()

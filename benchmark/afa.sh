@@ -25,6 +25,7 @@ commands() {
             echo python afa.py --seed $seed --gate layer
             echo python afa.py --seed $seed --finetune all
             echo python afa.py --seed $seed --harden 0
+            echo python afa.py --seed $seed --gate-epochs 0  # the gate as it starts: the same weight for every image
             echo python afa.py --seed $seed --epochs 16 --gate-epochs 4  # does a longer training close the gap to PGD-AT?
         done
         ;;

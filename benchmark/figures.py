@@ -80,12 +80,11 @@ def aalp_label(args):
 def vfd_label(args):
     """What a run of vfd_adv.py trains: its base, and the pairs that are added to it."""
     pairs = args["lambda_adv"] > 0, args["lambda_nat"] > 0
-    other = [args["distill"]] * (args["distill"] != "features") + [args["distance"]] * (args["distance"] != "mse")
     parts = [args["base"].upper() if args["eps"] else "undefended"]
     if any(pairs):
         name = {(True, True): "VFD", (True, False): "adv. pair", (False, True): "clean pair"}[pairs]
-        parts.append(name + f" ({', '.join(other)})" * bool(other))
-    parts += ["clean pass" + " (frozen)" * (args["clean_pass"] == "frozen")] * (args["clean_pass"] != "auto")
+        parts.append(name + " (logits)" * (args["distill"] == "logits"))
+    parts += ["clean statistics"] * args["clean_statistics"]
     return " + ".join(parts)
 
 
@@ -419,8 +418,7 @@ def usefulness(runs):
 # Arguments that may differ along a line of tradeoff(): its axis, the seed, and what changes nothing about training.
 ALONG = {"lambda_adv", "lambda_nat", "seed", "preset", "data_dir", "data_on", "runs_dir", "device", "compile", "resume",
          "eval_only", "test_size"}
-DISTILLING = {"distance", "distill", "teacher", "teacher_arch", "teacher_width", "teacher_epochs",
-              "teacher_lr"}  # nothing at 0
+DISTILLING = {"distill", "teacher", "teacher_epochs", "teacher_lr"}  # nothing at 0
 
 
 def rows_of_sweep(path):

@@ -297,7 +297,7 @@ def taking_turns(original, row, steps, result):
     def batches(split, batch_size, **settings):
         caller = sys._getframe(1)
         names = {**caller.f_globals, **caller.f_locals}
-        if names.get("bar") is None:  # a teacher or a substitute, which is trained beforehand: one step will do
+        if names.get("run") is None:  # a teacher or a substitute, which is trained beforehand: one step will do
             yield next(original(split, batch_size, **settings))
             return
         args, net, device, floor = names["args"], names["net"], split.y.device, Floor(row, names)
@@ -337,8 +337,7 @@ def taking_turns(original, row, steps, result):
             if i >= WARMUP:
                 result.setdefault("step", []).append(end - start)
                 result.setdefault("floor", []).append(beneath)
-        if names["writer"] is not None:
-            names["writer"].close()
+        names["run"].writer.close()
         raise Enough
 
     return batches

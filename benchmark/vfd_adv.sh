@@ -28,6 +28,8 @@ commands() {
                 echo python vfd_adv.py --seed $seed --base $base
                 echo python vfd_adv.py --seed $seed --base $base --distill logits
             done
+            # What clean images in BatchNorm's statistics do by themselves.
+            echo python vfd_adv.py --seed $seed --lambda-adv 0 --lambda-nat 0 --clean-statistics
         done
         ;;
     sweep)
@@ -68,6 +70,7 @@ commands() {
                 echo python vfd_adv.py $short --base $base
             done
             [[ $part = cifar10 ]] || continue
+            echo python vfd_adv.py $short --lambda-adv 0 --lambda-nat 0 --clean-statistics
             # With lambda_0, which gains most clean accuracy in sweep-cifar10, and the controls from there.
             for base in at trades; do
                 echo python vfd_adv.py $short --base $base --lambda-adv 6.4 --lambda-nat 6.4

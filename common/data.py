@@ -211,76 +211,121 @@ def _shown(values):
     return {k: f"{255 * v:g}/255" if k in ("eps", "step_size") and v is not None else v for k, v in values.items()}
 
 
-def write_arguments(run_dir, args, info, filled_in, writer):
-    """args.json, and a table of the same in TensorBoard; `filled_in` are the arguments that the user left out. From
-    here on an interruption says how to continue this run."""
-    on_interrupt(run_dir)
-    save(run_dir / "args.json", {**info, "args": vars(args), "preset": [*filled_in]})
-    rows = "\n".join(f"|{k}|{v}|" for k, v in {**_shown(vars(args)), **info}.items())
-    writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + rows)
+class Run:
+    """A run and its folder: what is saved, logged and printed from its first line to its results.
 
-
-def announce(run_dir, net, d, info, filled_in):
-    """What is about to start, in a line."""
-    parameters = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    print(f"{run_dir}: {parameters:,} parameters to train, {info['device']}, {d.kind} to train, validate and test: "
-          f"{len(d.train.y)}, {len(d.val.y)}, {len(d.test.y)}; preset: "
-          + ", ".join(f"{k} {v}" for k, v in _shown(filled_in).items()), flush=True)  # fmt: skip
-
-
-def log_epoch(writer, title, step, scalars, image, d):
-    """An epoch's `scalars` {tag: number}, with the memory it took, and `image` (3, h, w) to TensorBoard. Returns a line
-    of its losses, what validation found and the speed, to show when the epoch has been saved."""
-    for tag, value in (scalars | {"charts/peak_memory_gb": peak_memory(d.val.y.device)}).items():
-        writer.add_scalar(tag, value, step)
-    writer.add_image("attack/clean_adversarial_10x", image, step)
-    writer.flush()
-    shown = ", ".join(f"{k} {v:.3f}" for k, v in scalars.items() if k.startswith(("losses", "val")))
-    return f"{title}: {shown}, {scalars['charts/images_per_second']:.0f} {d.kind}/s"
-
-
-def show(bar, line):
-    """Write a line above the progress bar, at once: a log shows each epoch when it ends."""
-    bar.write(line)
-    sys.stdout.flush()
-
-
-def checkpoints(run, script):
-    """What is tested of a run: (names, state) of its best and of its last checkpoint, once where both are of the same
-    epoch, or of the .pt file that `run` is. Raises UserError as `checkpoint_of` does."""
-    found = {}
-    for name in ("best.pt", "last.pt") if Path(run).is_dir() else (run,):
-        with checkpoint_of(run, name, script, "cpu") as state:
-            state["net"]  # a file without a network is refused here, before the first one has been tested for minutes
-            found.setdefault(state["epoch"], ([], state))[0].append(Path(name).stem)
-    return found.values()
-
-
-def publish(args, run_dir, writer, d, info, eps, state, table, method, lines, points=()):
-    """The end of a run, whose last checkpoint is `state`. Writes results.json, or eval.json with --eval-only. Prints
-    `table` {checkpoint: {column: number}}, the curves method["curves"] {name: {255 eps: accuracy}} and a method's own
-    `lines` (tuples). Logs both tables and a method's own `points` (tag, value, x) to TensorBoard, and closes it.
+    `parts` {name: network, optimizer} are what a checkpoint holds, beside the arguments and `progress`; `epochs` are
+    those of the whole run. A run that is resumed or evaluated has a `folder` and a checkpoint `state`, from which parts
+    and progress are filled. Any other makes its folder and leaves there, before it trains, a checkpoint to resume, and
+    the files `beside` [(name, content)]; `preset` are the arguments that the user left out.
     """
-    written, curves = run_dir / ("eval.json" if args.eval_only else "results.json"), method["curves"]
-    n, seconds = len(d.train.y), state["train_seconds"]
-    steps = state["epoch"] * steps_per_epoch(n, args.batch_size, shared=False)
-    save(written, {**info, "eps": eps, "evaluated": len(d.test.y), "checkpoints": table,
-                   "robustness_curve": curves["model"], "method": method, "train_seconds": seconds,
-                   "images_per_second": steps * min(args.batch_size, n) / seconds if seconds else 0.0,
-                   "peak_memory_gb": peak_memory(d.test.y.device)})  # fmt: skip
-    lines = [("checkpoint", *next(iter(table.values()))), *((name, *row.values()) for name, row in table.items()), (),
-             ("PGD-20 at eps", *curves), *((f"{k}/255", *(curve[k] for curve in curves.values()))
-                                           for k in curves["model"]), (), *lines]  # fmt: skip
-    print("\n".join("".join(f"{v:>14.3f}" if isinstance(v, float) else f"{v:>14}" for v in line) for line in lines))
-    points = [(f"test/{name}_{k}", v, steps) for name, row in table.items() for k, v in row.items()] + [*points]
-    points += [(f"robustness_curve/{name}", v, float(k)) for name, row in curves.items() for k, v in row.items()]
-    for tag, value, x_axis in points:
-        # TensorBoard's axis has whole numbers only: values between them would share a point with others.
-        if abs(x_axis - round(x_axis)) < 1e-3:
-            writer.add_scalar(tag, value, round(x_axis))
-    writer.close()
-    look = f"; look at it with: tensorboard --logdir {shlex.quote(str(run_dir.parent))}"
-    print(f"written to {written}" + look * (not args.eval_only))
+
+    def __init__(self, script, args, d, parts, epochs, preset, folder=None, state=None, beside=()):
+        from torch.utils.tensorboard import SummaryWriter  # here, as in `environment`
+
+        self.script, self.args, self.d, self.parts, self.epochs = script, args, d, parts, epochs
+        self.steps = steps_per_epoch(len(d.train.y), args.batch_size, shared=not args.eval_only)  # of an epoch
+        self.progress = dict(epoch=0, best=-1.0, train_seconds=0.0, history={})
+        self.info = dict(script=script, dataset=d.name, seed=args.seed, **environment(d.val.y.device))
+        if state:
+            self.progress = {k: state[k] for k in self.progress}
+            for k, part in parts.items():
+                part.load_state_dict(state[k])
+        self.folder = folder or new_folder(args.runs_dir, f"{d.name}__{script}__{args.seed}__{int(time.time())}")
+        Writer = distributed.Silent if distributed.rank() or args.eval_only else SummaryWriter
+        done = self.progress["epoch"] * self.steps
+        self.writer = Writer(self.folder, purge_step=done + 1)  # a resumed run writes what follows again
+        if not state:
+            on_interrupt(self.folder)  # from here on an interruption says how to continue this run
+            arguments = {**self.info, "args": vars(args), "preset": [*preset]}
+            for name, content in (("args.json", arguments), *beside):
+                save(self.folder / name, content)
+            rows = "\n".join(f"|{k}|{v}|" for k, v in {**_shown(vars(args)), **self.info}.items())
+            self.writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + rows)
+            self.checkpoint("last.pt")
+        parameters = sum(p.numel() for p in parts["net"].parameters() if p.requires_grad)
+        print(f"{self.folder}: {parameters:,} parameters to train, {self.info['device']}, {d.kind} to train, validate "
+              f"and test: {len(d.train.y)}, {len(d.val.y)}, {len(d.test.y)}; preset: "
+              + ", ".join(f"{k} {v}" for k, v in _shown(preset).items()), flush=True)  # fmt: skip
+        # With disable=None the bar is hidden where there is no terminal.
+        self.bar = tqdm(total=epochs * self.steps, initial=done, disable=distributed.rank() > 0 or None)
+        self.started = time.time()  # the epoch
+
+    def checkpoint(self, name):
+        """Save the run as it is now as `name` in its folder. Raises UserError as `save` does."""
+        parts = {k: part.state_dict() for k, part in self.parts.items()}
+        save(self.folder / name, dict(script=self.script, args=vars(self.args), data=self.d.name,
+                                      classes=len(self.d.classes), processes=distributed.world(),
+                                      **parts, **self.progress))  # fmt: skip
+
+    def end_epoch(self, seconds, score, scalars, image, history=()):
+        """Log an epoch, and save it. `seconds` are those of training alone.
+
+        `scalars` {tag: number} and `image` (3, h, w) are logged; the numbers of `history` are kept, a list each. Prints
+        losses, what validation found and the speed. The best.pt is of the epoch with the highest `score`; until one
+        scores more than 0, of the latest. With None an epoch does not count.
+        """
+        progress, epoch = self.progress, self.progress["epoch"] + 1
+        majority = self.d.val.y.bincount().max().item() / len(self.d.val.y)
+        if score and scalars["val/clean_acc"] <= majority + 0.01:
+            score = 0.0  # to predict one class for everything resists all attacks, but is no classifier
+        speed = self.steps * min(self.args.batch_size, len(self.d.train.y)) / seconds
+        scalars = scalars | {"charts/images_per_second": speed, "charts/epoch_seconds": time.time() - self.started,
+                             "charts/peak_memory_gb": peak_memory(self.d.val.y.device)}  # fmt: skip
+        for tag, value in scalars.items():
+            self.writer.add_scalar(tag, value, epoch * self.steps)
+        self.writer.add_image("attack/clean_adversarial_10x", image, epoch * self.steps)
+        self.writer.flush()
+        for k, v in dict(history).items():
+            progress["history"].setdefault(k, []).append(v)
+        progress.update(epoch=epoch, train_seconds=progress["train_seconds"] + seconds)
+        if score is not None and (score > progress["best"] or progress["best"] <= 0):
+            progress["best"] = score
+            self.checkpoint("best.pt")
+        self.checkpoint("last.pt")  # last of all: a run that dies before this repeats the epoch and finds all in place
+        shown = ", ".join(f"{k} {v:.3f}" for k, v in scalars.items() if k.startswith(("losses", "val")))
+        self.bar.write(f"epoch {epoch}/{self.epochs}: {shown}, {speed:.0f} {self.d.kind}/s")
+        sys.stdout.flush()  # a log shows each epoch when it ends
+        self.started = time.time()
+
+    def tested(self, eps):
+        """What is tested: (names, state) of the best and of the last checkpoint, once where both are of the same epoch,
+        or of the .pt file that --eval-only names. Raises UserError as `checkpoint_of` does."""
+        self.bar.close()
+        print(f"testing on {len(self.d.test.y)} {self.d.kind} at eps {255 * eps:g}/255, hundreds of steps each ...",
+              flush=True)  # fmt: skip
+        run, found = self.args.eval_only or self.folder, {}
+        for name in ("best.pt", "last.pt") if Path(run).is_dir() else (run,):
+            with checkpoint_of(run, name, self.script, "cpu") as state:
+                state["net"]  # a file without a network is refused here, before the first has been tested for minutes
+                found.setdefault(state["epoch"], ([], state))[0].append(Path(name).stem)
+        return found.values()
+
+    def publish(self, eps, state, table, method, lines, points=()):
+        """The end of a run, whose last checkpoint is `state`. Writes results.json, or eval.json with --eval-only.
+        Prints `table` {checkpoint: {column: number}}, the curves method["curves"] {name: {255 eps: accuracy}} and a
+        method's own `lines` (tuples). Logs both tables and a method's own `points` (tag, value, x) to TensorBoard.
+        """
+        written = self.folder / ("eval.json" if self.args.eval_only else "results.json")
+        seconds, steps, curves = state["train_seconds"], state["epoch"] * self.steps, method["curves"]
+        images = steps * min(self.args.batch_size, len(self.d.train.y))
+        save(written, {**self.info, "eps": eps, "evaluated": len(self.d.test.y), "checkpoints": table,
+                       "robustness_curve": curves["model"], "method": method, "train_seconds": seconds,
+                       "images_per_second": images / seconds if seconds else 0.0,
+                       "peak_memory_gb": peak_memory(self.d.test.y.device)})  # fmt: skip
+        lines = [("checkpoint", *next(iter(table.values()))), *((name, *row.values()) for name, row in table.items()),
+                 (), ("PGD-20 at eps", *curves), *((f"{k}/255", *(curve[k] for curve in curves.values()))
+                                                   for k in curves["model"]), (), *lines]  # fmt: skip
+        print("\n".join("".join(f"{v:>14.3f}" if isinstance(v, float) else f"{v:>14}" for v in line) for line in lines))
+        points = [(f"test/{name}_{k}", v, steps) for name, row in table.items() for k, v in row.items()] + [*points]
+        points += [(f"robustness_curve/{name}", v, float(k)) for name, row in curves.items() for k, v in row.items()]
+        for tag, value, x_axis in points:
+            # TensorBoard's axis has whole numbers only: values between them would share a point with others.
+            if abs(x_axis - round(x_axis)) < 1e-3:
+                self.writer.add_scalar(tag, value, round(x_axis))
+        self.writer.close()
+        look = f"; look at it with: tensorboard --logdir {shlex.quote(str(self.folder.parent))}"
+        print(f"written to {written}" + look * (not self.args.eval_only))
 
 
 def cache_file(runs_dir, kind, name, key, content=()):

@@ -297,6 +297,17 @@ def above(a, b):
     return (a.sum() - b.sum()).item() > 2 * (a != b).sum().item() ** 0.5
 
 
+def validate(model, x, y, eps, norm="linf", n=None, clean_model=None):
+    """{"val/clean_acc", "val/robust_acc"}: fractions of x right without an attack, and of the first n under PGD-10.
+
+    `clean_model` is another one for the images without an attack.
+    """
+    alive = survivors(model, x, y, eps=0, steps=0)
+    clean = alive if clean_model is None else survivors(clean_model, x, y, eps=0, steps=0)
+    robust = survivors(model, x[:n], y[:n], alive[:n], eps=eps, steps=10, norm=norm)
+    return {f"val/{k}_acc": mask.sum().item() / len(mask) for k, mask in (("clean", clean), ("robust", robust))}
+
+
 def pgd10(model, x, y, eps, norm="linf"):
     """PGD-10 without a random start: examples to watch a network with, the same each time."""
     return pgd(model, x, y, eps=eps, step_size=eps / 4, steps=10, norm=norm, random_start=False)

@@ -27,8 +27,8 @@ from common import data, distributed, pgd  # noqa: E402
 # Sizes that do not divide evenly, but for the batches; a rest of each epoch is dropped.
 SIZES = ("--train-size 70 --val-size 21 --test-size 3 --width 4 --epochs 2 --batch-size 16 --attack-steps 2 "
          "--eps 2/255 --lr 0.02 --eps-warmup-epochs 0 ")
-RUNS = {"afa.py": SIZES + "--fusion 0.5", "aalp.py": SIZES + "--guided-dropout none",
-        "vfd_adv.py": SIZES + "--base trades --teacher-epochs 2 --teacher-width 8 --teacher-lr 0.02",
+RUNS = {"afa.py": SIZES + "--gate-epochs 0", "aalp.py": SIZES + "--guided-dropout none",
+        "vfd_adv.py": SIZES + "--base trades --teacher-epochs 2 --teacher-lr 0.02",
         "abnn.py": SIZES + "--clean-epochs 1 --align-weight 0.1"}
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -141,10 +142,10 @@ def test_single_batchnorm_is_a_plain_network_bit_for_bit(x):
     assert torch.equal(single(x, 1.0), plain(x))
 
 
-def test_fixed_fusion_is_the_fixed_path(x):
-    for fusion in (0.0, 0.3, 1.0):
-        net = make(fusion=fusion)
-        assert torch.equal(net(x), net(x, fusion))
+@pytest.mark.parametrize("gate", ["probe", "layer"])
+def test_a_gate_that_has_not_learned_is_a_constant_weight(gate, x):
+    net = make(gate=gate)
+    assert torch.allclose(net(x), net(x, 0.9), atol=1e-5)
 
 
 def test_stage2_examples_have_every_strength_and_leave_the_network_alone(monkeypatch):
@@ -201,8 +202,8 @@ def test_measure_reports_a_perfect_and_an_absent_trend(monkeypatch):
     monkeypatch.setattr(pgd_module, *few("survivors", 2))  # of the curves
     net = make()
     x, y = torch.rand(8, 3, 32, 32), torch.randint(0, 10, (8,))
-    result = afa.measure(net, x, y, 8 / 255, ARGS)
-    assert set(result["curves"]) == {"model", "w=0", "w=0.5", "w=1", "oracle"}
+    result = afa.measure(net, x, y, (x, y), 8 / 255, ARGS)
+    assert set(result["curves"]) == {"model", "w=0", "w=0.5", "w=1", "oracle", "constant"}
     assert len(result["strengths"]) == 9 and len(result["weight_mean"][0]) == net.layers
     shares = {}
     for name, model in {"model": net, "w=0": partial(net, w=0.0)}.items():
@@ -224,15 +225,17 @@ def test_the_control_has_the_mean_of_the_predicted_weights(monkeypatch):
     monkeypatch.setattr(afa, *few("survivors", 2))
     net = make()
     torch.nn.init.normal_(net.gate.fc2.weight)  # weights that differ from image to image
-    x, y = torch.rand(8, 3, 32, 32), torch.randint(0, 10, (8,))
-    constant = afa.constant_weights(net, x, y, 8 / 255, ARGS)
-    x_adv = afa.pgd10(net, x, y, 8 / 255)
+    (x, y), known = ((torch.rand(8, 3, 32, 32), torch.randint(0, 10, (8,))) for _ in range(2))
+    x_adv = afa.pgd10(net, *known, 8 / 255)
     with torch.no_grad():
-        weights = torch.cat([net.predict_weights(x), net.predict_weights(x_adv)])
-        assert weights.std(0).max() > 0.01 and torch.allclose(constant, weights.mean(0, keepdim=True), atol=1e-6)
+        weights = torch.cat([net.predict_weights(known[0]), net.predict_weights(x_adv)])
+        constant = weights.mean(0, keepdim=True)
+        assert weights.std(0).max() > 0.01
         assert torch.allclose(net(x, constant), net(x, constant.expand(8, -1)), atol=1e-6)
-        right = (net(x, constant).argmax(1) == y).float().mean().item()
-    result = afa.measure(net, x, y, 8 / 255, ARGS, constant)
+    with mock.patch.object(afa, "evaluate", wraps=afa.evaluate) as evaluate:
+        result = afa.measure(net, x, y, known, 8 / 255, ARGS)
+    assert torch.allclose(evaluate.call_args.args[0].keywords["w"], constant, atol=1e-6)
+    right = (net(x, constant).argmax(1) == y).float().mean().item()
     assert result["constant"]["clean"] == result["curves"]["constant"]["0"] == pytest.approx(right)
     assert {"worst", *afa.ATTACKS} < set(result["constant"]) and "constant" not in result["statistics"]
     without = {k: v for k, v in result["curves"].items() if k not in ("model", "oracle", "constant")}

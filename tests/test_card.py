@@ -19,7 +19,7 @@ CASES = [  # and whether it is audited too
     ("afa.py", f"{IMAGES} --epochs 1 --gate-epochs 1 --eps-warmup-epochs 1", False),
     ("afa.py", f"{IMAGES} --epochs 1 --gate-epochs 1 --eps-warmup-epochs 1 --gate layer --finetune all", False),
     ("aalp.py", f"{IMAGES} --epochs 2 --eps-warmup-epochs 1 --norm l2 --data-on host --sample-weight conflict", False),
-    ("vfd_adv.py", f"{IMAGES} --epochs 2 --eps-warmup-epochs 1 --teacher-epochs 1 --teacher-width 6", True),
+    ("vfd_adv.py", f"{IMAGES} --epochs 2 --eps-warmup-epochs 1 --teacher-epochs 2", True),
     ("vfd_adv.py", f"{IMAGES} --epochs 2 --eps-warmup-epochs 1 --teacher-epochs 1 --base trades", False),
     ("abnn.py", f"{IMAGES} --epochs 1 --clean-epochs 2 --defense none", False),
     ("abnn.py", f"{VIDEO} --frames 2 --arch conv3d --width 4 --epochs 1 --clean-epochs 3", False),
@@ -50,15 +50,17 @@ def easy_data(monkeypatch):
         monkeypatch.setitem(tool.QUICK, name, value)
 
 
-def stop(*_):
-    raise InterruptedError
-
-
 def whole(script, flags, audit, folder, monkeypatch, interrupted=False):
     """A run, perhaps `interrupted` after an epoch and resumed, and its audit: its folder, and what was found."""
+    end_epoch = data.Run.end_epoch
+
+    def stop(*args):
+        end_epoch(*args)
+        raise InterruptedError
+
     if interrupted:
         with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-            patch.setattr(data, "show", stop)
+            patch.setattr(data.Run, "end_epoch", stop)
             execute(flags, folder, script)
         flags = f"--resume {next(folder.glob('*__1__*'))}"
     assert execute(flags, folder, script) == 0

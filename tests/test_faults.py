@@ -16,9 +16,9 @@ import torch
 from running import execute, in_process
 from test_data import LocalFile, md5, no_network, read_only_mount, write_cifar10, write_svhn
 from test_video import layout
+from torch.utils.tensorboard import SummaryWriter
 from torchvision.datasets import CIFAR10, SVHN
 
-import vfd_adv
 from benchmark import faults
 from common import data
 
@@ -81,7 +81,7 @@ def test_the_kill_tool_sees_damage_and_differences(tmp_path):
         data.save(tmp_path / run / "last.pt", {"net": {"w": torch.ones(9)}, "args": {"runs_dir": run},
                                                "train_seconds": float(ord(run))})
         data.save(tmp_path / run / "results.json", {"clean": 0.5, "command": run})
-        writer = vfd_adv.SummaryWriter(tmp_path / run)
+        writer = SummaryWriter(tmp_path / run)
         writer.add_scalar("val/clean_acc", 0.5, 3)
         writer.close()
     a, b = tmp_path / "a", tmp_path / "b"

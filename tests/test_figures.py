@@ -266,15 +266,14 @@ def make_vfd(folder, weight=0.64, teacher=True, epochs=3, checkpoint=False, accs
 @pytest.mark.parametrize(("changes", "label"), [
     (dict(lambda_adv=0.0, lambda_nat=0.0), "AT"),
     (dict(lambda_adv=0.0, lambda_nat=0.0, base="trades"), "TRADES"),
-    (dict(lambda_adv=0.0, lambda_nat=0.0, clean_pass="update"), "AT + clean pass"),
-    (dict(lambda_adv=0.0, lambda_nat=0.0, clean_pass="frozen"), "AT + clean pass (frozen)"),
+    (dict(lambda_adv=0.0, lambda_nat=0.0, clean_statistics=True), "AT + clean statistics"),
     (dict(lambda_adv=0.0, lambda_nat=0.0, eps=0.0), "undefended"),
     (dict(eps=0.0), "undefended + VFD"),
     (dict(base="mart"), "MART + VFD"),
     (dict(lambda_nat=0.0), "AT + adv. pair"),
     (dict(lambda_adv=0.0), "AT + clean pair"),
     (dict(distill="logits"), "AT + VFD (logits)"),
-    (dict(distill="logits", distance="cosine"), "AT + VFD (logits, cosine)"),
+    (dict(clean_statistics=True), "AT + VFD + clean statistics"),
 ])  # fmt: skip
 def test_labels_of_vfd_runs(changes, label, tmp_path):
     data.save(tmp_path / "args.json", dict(script="vfd_adv", args=vars(vfd_script.Args(
@@ -333,16 +332,16 @@ def numbers_of_vfd(low, high, at):
 
 
 def test_lines_of_the_tradeoff(tmp_path):
-    """Seeds are averaged; another base, beta, distance or pair is another line; the base alone is in all of its own."""
+    """Seeds are averaged; another base, beta, layer or pair is another line; the base alone is in all of its own."""
     changes = [dict(weight=0.0, accs=(0.7, 0.6), teacher=False), dict(weight=0.0, accs=(0.8, 0.4), seed=2),
-               dict(), dict(lambda_nat=0.0), dict(distance="cosine"), dict(base="trades", beta=6.0),
+               dict(), dict(lambda_nat=0.0), dict(distill="logits"), dict(base="trades", beta=6.0),
                dict(base="trades", beta=6.0, weight=0.0), dict(base="trades", beta=3.0, weight=0.0)]
     runs = runs_of(*(make_vfd(tmp_path / str(i), **more) for i, more in enumerate(changes)))
     lines = figures.lines_over_lambda([*runs, *runs_of(make_vfd(tmp_path / "mart", base="mart"))])
     points = {name: {at: len(group) for at, group in line.items()} for name, line in lines.items()}
     assert points == {
-        "AT, distance mse": {(0, 0): 2, (0.64, 0.64): 1}, "AT, distance cosine": {(0, 0): 2, (0.64, 0.64): 1},
-        "AT, adversarial pair, distance mse": {(0, 0): 2, (0.64, 0): 1},
+        "AT, distill features": {(0, 0): 2, (0.64, 0.64): 1}, "AT, distill logits": {(0, 0): 2, (0.64, 0.64): 1},
+        "AT, adversarial pair, distill features": {(0, 0): 2, (0.64, 0): 1},
         "TRADES": {(0, 0): 1, (0.64, 0.64): 1}, "TRADES, over β": {(3,): 1, (6,): 1}}  # fmt: skip
     with matplotlib.rc_context():
         together, *alone = figures.tradeoff(runs).axes

@@ -287,7 +287,7 @@ def test_full_disk_is_one_line_and_keeps_what_was_there(tiny, runs, tmp_path):
 
 
 def test_a_full_disk_under_tensorboard_is_one_line_that_says_how_to_go_on(runs, tmp_path):
-    run = finished_in_process(TINY.replace("--epochs 2 --gate-epochs 1", "--epochs 1 --fusion 1"), runs)[0]
+    run = finished_in_process(TINY.replace("--epochs 2 --gate-epochs 1", "--epochs 1 --gate-epochs 0"), runs)[0]
     state = torch.load(run / "last.pt", weights_only=True)
     torch.save(state | {"epoch": 0, "best": -1.0}, run / "last.pt")  # as if it had died in its only epoch
     before = (run / "last.pt").read_bytes()
@@ -428,15 +428,14 @@ REFUSED = {
     "--epochs -3": "--epochs must be at least 1",
     "--width 0": "--width must be at least 1",
     "--attack-steps 0": "--attack-steps must be at least 1",
-    "--gate-epochs 0": "--gate-epochs must be at least 1",
+    "--gate-epochs -1": "--gate-epochs must be at least 0",
     "--bn single --harden 0.5": "--harden would do nothing here: leave it out",
     "--bn single --gate-epochs 5": "--gate-epochs would do nothing here",
-    "--fusion 0.5 --gate layer --gate-lr 0.1": "--gate, --gate-lr would do nothing here",
+    "--bn single --gate layer --gate-lr 0.1": "--gate, --gate-lr would do nothing here",
     "--milestones -3": "--milestones are epochs from 1 on, not -3",
     "--step-size 2": "did you mean 2/255?",
     "--lr 0": "--lr must be at least",
     "--harden 2": "--harden must be at most 1",
-    "--fusion 1.5": "--fusion must be at most 1, not 1.5",
     "--train-size 0": "--train-size 0: digits has from 1 to 8000",
     "--train-size 9000": "--train-size 9000: digits has from 1 to 8000",
     "--val-size -5": "--val-size -5: digits has from 1 to",
@@ -532,7 +531,7 @@ def test_help_can_be_read(monkeypatch, capsys):
 
 @pytest.mark.parametrize("arguments", [
     "--gate-epochs 1 --gate layer --finetune all --bf16", "--gate-epochs 1 --norm l2 --eps 128/255 --harden 0",
-    "--fusion 0.5 --milestones 1", "--gate-epochs 1 --harden 1"])
+    "--gate-epochs 0 --milestones 1", "--gate-epochs 1 --harden 1"])
 def test_every_setting_of_the_method_runs(arguments, capsys, tmp_path):
     small = "--train-size 64 --val-size 20 --test-size 5 --width 4 --epochs 2 --batch-size 32 --attack-steps 1 "
     assert in_process(small + arguments, capsys, tmp_path) == (0, "")

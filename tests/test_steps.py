@@ -27,7 +27,7 @@ CASES = [
     ("aalp.py", "--eps-warmup-epochs 1 --dropout-label predicted --sample-weight conflict"),
     ("aalp.py", "--eps-warmup-epochs 1 --guided-dropout random"),
     ("vfd_adv.py", "--eps-warmup-epochs 1 --teacher-epochs 1"),
-    ("vfd_adv.py", "--eps-warmup-epochs 1 --teacher-epochs 1 --base trades --teacher-width 6 --distance cosine"),
+    ("vfd_adv.py", "--eps-warmup-epochs 1 --teacher-epochs 1 --base trades"),
     ("vfd_adv.py", "--eps-warmup-epochs 1 --teacher-epochs 1 --base mart --norm l2"),
     ("abnn.py", "--clean-epochs 1"),
     ("abnn.py", "--clean-epochs 1 --defense at --eps-warmup-epochs 1"),
@@ -66,10 +66,10 @@ def steps_on_meta(script, flags, runs):
     def on_meta(original):
         def batches(split, batch_size, *, epoch, **settings):
             names = {**sys._getframe(1).f_globals, **sys._getframe(1).f_locals}
-            if names.get("bar") is None or epoch == 0:  # a teacher or a substitute is trained as it is, and so is the
+            if names.get("run") is None or epoch == 0:  # a teacher or a substitute is trained as it is, and so is the
                 yield from original(split, batch_size, epoch=epoch, **settings)  # first epoch: it may be another stage
                 return
-            for net in ("net", "teacher", "projection"):
+            for net in ("net", "teacher"):
                 if isinstance(names.get(net), torch.nn.Module):
                     names[net].to("meta")
             source = original(data.Split(*(t.to("meta") for t in split)), batch_size, epoch=epoch, **settings)

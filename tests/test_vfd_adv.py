@@ -135,17 +135,13 @@ def test_base_losses_are_their_formulas_and_have_their_gradients(base):
             assert gradient[i, k].item() == pytest.approx((ends[0] - ends[1]) / 2e-3, abs=2e-4)
 
 
-def test_distances_of_a_case_worked_out_by_hand():
+def test_a_distance_worked_out_by_hand():
     s, t = torch.tensor([[3.0, 4.0], [0.0, 2.0]], requires_grad=True), torch.tensor([[3.0, 0.0], [0.0, 4.0]])
     t.requires_grad_()
-    values = {"mse": (16 + 4) / 4, "normalized-mse": 5 / ((1.5**2 * 2 + 2**2 * 2) / 4), "cosine": ((1 - 0.6) + 0) / 2}
-    for kind, value in values.items():
-        d = vfd_adv.pair_distance(s, t, kind)
-        assert d.item() == pytest.approx(value, rel=1e-5)
-        gradient = torch.autograd.grad(d, (s, t), allow_unused=True)
-        assert gradient[0].abs().sum() > 0 and gradient[1] is None  # sg[phi_T(x)]
-    mean = t.mean(0).expand(2, 2)
-    assert vfd_adv.pair_distance(mean, t, "normalized-mse").item() == pytest.approx(1)  # a constant is no knowledge
+    d, _ = vfd_adv.vfd_loss(s, None, t, replace(ARGS, lambda_adv=0.0, lambda_nat=1.0))
+    assert d.item() == (16 + 4) / 4
+    gradient = torch.autograd.grad(d, (s, t), allow_unused=True)
+    assert gradient[0].abs().sum() > 0 and gradient[1] is None  # sg[phi_T(x)]
 
 
 def test_vfd_loss_weighs_both_pairs_and_leaves_a_pair_of_weight_0_alone():
@@ -174,28 +170,28 @@ def test_the_features_pair_gives_the_head_no_gradient_and_the_body_one(x):
 
 def test_a_student_that_is_its_teacher_has_no_distance_without_an_attack(x):
     net, other, y = network(0).eval(), network(1).eval(), torch.arange(8)
-    seen = vfd_adv.compare(net, nn.Identity(), net, x, y, 0.0, ARGS)
+    seen = vfd_adv.compare(net, net, x, y, 0.0, ARGS)
     assert seen == pytest.approx({"distance_clean": 0, "distance_adv": 0, "cka_clean": 1, "cka_adv": 1}, abs=1e-5)
     f = net(x, return_features=True)[1]
     assert vfd_adv.vfd_loss(f, f, f, ARGS)[0].item() == 0
-    seen = vfd_adv.compare(net, nn.Identity(), other, x, y, 8 / 255, ARGS)
+    seen = vfd_adv.compare(net, other, x, y, 8 / 255, ARGS)
     assert seen["distance_clean"] > 0.01 and seen["distance_adv"] != seen["distance_clean"]
     x_adv = pgd(net, x, y, eps=8 / 255, step_size=2 / 255, steps=10, random_start=False)
     s, t = net.features(x_adv), other.features(x)
-    assert seen["distance_adv"] == vfd_adv.pair_distance(s, t, "normalized-mse").item()
+    assert seen["distance_adv"] == pytest.approx(((s - t).square().mean() / t.var(0, False).mean()).item(), rel=1e-4)
 
 
 def test_cka_and_distance_are_those_of_the_definitions(x):
     net, teacher, y = network(0).eval(), network(1, width=8).eval(), torch.arange(8)
-    seen = vfd_adv.compare(net, nn.Identity(), teacher, x, y, 0.0, ARGS)
+    seen = vfd_adv.compare(net, teacher, x, y, 0.0, ARGS)
     assert set(seen) == {"cka_clean", "cka_adv"}  # of widths 16 and 32 there is no distance
     a, b = (m(x, return_features=True)[1].detach().double().numpy() for m in (net, teacher))
     centre = np.eye(8) - 1 / 8
     hsic = [np.trace(u @ u.T @ centre @ v @ v.T @ centre) for u, v in ((a, b), (a, a), (b, b))]
     assert seen["cka_clean"] == pytest.approx(hsic[0] / math.sqrt(hsic[1] * hsic[2]), rel=1e-3)
-    projection = nn.Linear(16, 32)
-    seen = vfd_adv.compare(net, projection, teacher, x, y, 0.0, ARGS)
-    s = projection(torch.tensor(a).float()).detach().double().numpy()
+    teacher = network(1).eval()
+    seen = vfd_adv.compare(net, teacher, x, y, 0.0, ARGS)
+    s, b = a, teacher(x, return_features=True)[1].detach().double().numpy()
     assert seen["distance_clean"] == pytest.approx(((s - b) ** 2).mean() / b.var(0).mean(), rel=1e-3)
 
 
@@ -275,7 +271,7 @@ def by_hand(base, clean_pass=False, teacher=None, lambda_adv=0.0, lambda_nat=0.0
 @pytest.mark.parametrize("base", ["at", "trades", "mart"])
 def test_without_distillation_every_base_is_a_plain_loop_bit_for_bit(base, tmp_path):
     names, output = program(f"{BASE} --base {base}", tmp_path)
-    assert same(weights(names["run_dir"] / "last.pt"), by_hand(base))
+    assert same(weights(names["run"].folder / "last.pt"), by_hand(base))
     assert names["teacher"] is None and "training the teacher" not in output and not (tmp_path / "teachers").exists()
 
 
@@ -283,24 +279,22 @@ def test_without_distillation_every_base_is_a_plain_loop_bit_for_bit(base, tmp_p
 def test_with_distillation_at_is_a_plain_loop_too(lambda_adv, lambda_nat, tiny, runs):
     names, _ = program(f"{TINY} --lambda-adv {lambda_adv} --lambda-nat {lambda_nat}", runs)
     expected = by_hand("at", False, tiny[0]["teacher"], lambda_adv, lambda_nat)
-    for k, v in weights(names["run_dir"] / "last.pt").items():
+    for k, v in weights(names["run"].folder / "last.pt").items():
         if "num_batches" not in k:  # momentum 0 counts the pass
             assert torch.equal(v, expected[k]), k
 
 
 def test_the_control_with_a_clean_pass_and_no_loss(plain, tmp_path):
-    """Frozen it changes nothing at all; updating it is the loop with a clean pass, whose statistics do move."""
-    frozen, updating = (program(f"{BASE} --clean-pass {how}", tmp_path)[0]["run_dir"] for how in ("frozen", "update"))
-    base = weights(plain[0]["run_dir"] / "last.pt")
-    assert same(weights(frozen / "last.pt"), base)
-    assert same(weights(updating / "last.pt"), by_hand("at", True)) and not same(weights(updating / "last.pt"), base)
+    """It is the loop with a clean pass, and that pass moves the statistics."""
+    found = weights(program(f"{BASE} --clean-statistics", tmp_path)[0]["run"].folder / "last.pt")
+    assert same(found, by_hand("at", True)) and not same(found, weights(plain[0]["run"].folder / "last.pt"))
 
 
 def test_at_s_extra_clean_pass_counts_for_no_statistics_with_a_loss_on_it_either(tmp_path):
     """One step of AT with both pairs: the buffers are those of one pass of x_adv through the first network."""
     one = TINY.replace("--epochs 2", "--epochs 1").replace("--train-size 200", "--train-size 50") + " --lambda-nat 1"
-    for how, passes in (("auto", 1), ("update", 2)):
-        names, _ = program(f"{one} --clean-pass {how}", tmp_path)
+    for control, passes in (("", 1), (" --clean-statistics", 2)):
+        names, _ = program(one + control, tmp_path)
         assert names["net"].bn.num_batches_tracked == passes
     assert all(m.track_running_stats for m in names["net"].modules() if isinstance(m, nn.BatchNorm2d))
 
@@ -338,14 +332,14 @@ def test_the_teacher_is_trained_frozen_kept_and_reused(tiny, runs):
     names, output = tiny
     (cached,) = (runs / "teachers").glob("*.pt")
     assert "training the teacher" in output and f"teacher {cached}: clean accuracy" in output
-    teacher, kept = names["teacher"], weights(names["run_dir"] / "teacher.pt")
+    teacher, kept = names["teacher"], weights(names["run"].folder / "teacher.pt")
     assert same(teacher.state_dict(), weights(cached)) and same(kept, weights(cached))  # neither weights nor buffers
     assert not any(m.training for m in teacher.modules())
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
     written = cached.stat().st_mtime_ns
     again, output = program(TINY, runs)
     assert "training the teacher" not in output and cached.stat().st_mtime_ns == written
-    assert same(weights(again["run_dir"] / "last.pt"), weights(names["run_dir"] / "last.pt"))
+    assert same(weights(again["run"].folder / "last.pt"), weights(names["run"].folder / "last.pt"))
     assert again["method"] == names["method"]
 
 
@@ -364,8 +358,8 @@ def test_whatever_changes_the_teacher_changes_its_name(tiny, runs, monkeypatch):
     others = dict(base="mart", eps=4 / 255, epochs=9, lr=0.3), dict(lambda_adv=7.0, val_size=9)
     for same_one in (replace(args, **other) for other in others):
         assert vfd_adv.vanilla_teacher(same_one, d) == known
-    changes = dict(teacher_epochs=3, teacher_width=8, teacher_arch="wrn-34-10", seed=2, teacher_lr=0.2, batch_size=40,
-                   weight_decay=0.0, bf16=True, width=5, runs_dir=str(runs / "other"))
+    changes = dict(teacher_epochs=3, arch="wrn-34-10", seed=2, teacher_lr=0.2, batch_size=40, weight_decay=0.0,
+                   bf16=True, width=5, runs_dir=str(runs / "other"))
     for name, value in changes.items():
         with pytest.raises(TypeError, match="NoneType"):
             vfd_adv.vanilla_teacher(replace(args, **{name: value}), d)
@@ -383,17 +377,18 @@ def test_the_teacher_learns(tmp_path):
 
 
 def test_a_run_can_be_the_teacher_and_a_base_be_compared_with_it(plain, tmp_path):
-    names, output = program(f"{BASE.replace('--teacher-epochs 1', '')} --teacher {plain[0]['run_dir']}", tmp_path)
-    assert f"teacher {plain[0]['run_dir']}: clean accuracy" in output
-    assert same(names["teacher"].state_dict(), weights(plain[0]["run_dir"] / "best.pt"))
-    assert same(weights(names["run_dir"] / "last.pt"), weights(plain[0]["run_dir"] / "last.pt"))  # it only looks on
-    results = json.loads((names["run_dir"] / "results.json").read_text())
+    names, output = program(f"{BASE.replace('--teacher-epochs 1', '')} --teacher {plain[0]['run'].folder}", tmp_path)
+    assert f"teacher {plain[0]['run'].folder}: clean accuracy" in output
+    assert same(names["teacher"].state_dict(), weights(plain[0]["run"].folder / "best.pt"))
+    # It only looks on.
+    assert same(weights(names["run"].folder / "last.pt"), weights(plain[0]["run"].folder / "last.pt"))
+    results = json.loads((names["run"].folder / "results.json").read_text())
     assert "transfer" in results["checkpoints"]["best"] and len(results["method"]["history"]["cka_adv"]) == 2
     assert results["method"]["distance"]["distance_clean"] == pytest.approx(0, abs=1e-5)  # best.pt against itself
 
 
 def test_a_teacher_that_does_not_fit_is_refused_in_one_line(tiny, capsys, tmp_path):
-    good = torch.load(tiny[0]["run_dir"] / "teacher.pt", weights_only=True)
+    good = torch.load(tiny[0]["run"].folder / "teacher.pt", weights_only=True)
     cases = {
         "classes": ({**good, "classes": 100}, "it is of digits with 100 classes"),
         "dataset": ({**good, "args": {**good["args"], "dataset": "svhn"}}, "it is of svhn with 10 classes"),
@@ -404,7 +399,7 @@ def test_a_teacher_that_does_not_fit_is_refused_in_one_line(tiny, capsys, tmp_pa
     }
     for name, (content, _) in cases.items():
         torch.save(content, tmp_path / f"{name}.pt")
-    whole = (tiny[0]["run_dir"] / "teacher.pt").read_bytes()
+    whole = (tiny[0]["run"].folder / "teacher.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "empty").mkdir()
     messages = {f"{k}.pt": v for k, (_, v) in cases.items()} | {"cut.pt": "(", "empty": "No such file"}
@@ -420,7 +415,7 @@ def test_a_teacher_that_does_not_fit_is_refused_in_one_line(tiny, capsys, tmp_pa
 
 
 def test_a_damaged_teacher_in_the_cache_is_named(tiny, capsys, tmp_path):
-    (cached,) = tiny[0]["run_dir"].parent.joinpath("teachers").glob("*.pt")
+    (cached,) = tiny[0]["run"].folder.parent.joinpath("teachers").glob("*.pt")
     broken = tmp_path / "teachers" / cached.name
     broken.parent.mkdir()
     broken.write_bytes(cached.read_bytes()[:3000])
@@ -434,14 +429,11 @@ REFUSED = {
     "--lambda-nat nan": "--lambda-nat must be at least 0",
     "--base trades --beta -1": "--beta must be at least 0",
     "--beta 6": "--beta would do nothing here: leave it out",
-    "--teacher a --teacher-width 8": "--teacher-width would do nothing here",
     "--teacher a --teacher-epochs 9": "--teacher-epochs would do nothing here",
-    "--lambda-adv 0 --lambda-nat 0 --distance cosine --distill logits": "--distill, --distance would do nothing here",
-    "--lambda-adv 0 --lambda-nat 0 --distance cosine --distill logits --teacher t": "--distance would do nothing here",
+    "--lambda-adv 0 --lambda-nat 0 --distill logits": "--distill would do nothing here",
     "--teacher-epochs 0": "--teacher-epochs must be at least 1",
-    "--teacher-width 0": "--teacher-width must be at least 1",
-    "--base trades --clean-pass update": "--clean-pass is for --base at: trades has a clean pass of its own",
-    "--base mart --clean-pass frozen": "--clean-pass is for --base at: mart has a clean pass of its own",
+    "--base trades --clean-statistics": "--clean-statistics would do nothing here",
+    "--base mart --clean-statistics": "--clean-statistics would do nothing here",
     "--eps 8": "did you mean 8/255?",
     "--resume /nowhere": "there is no checkpoint /nowhere",
 }
@@ -464,7 +456,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_teacher_is_trained(c
 
 def test_a_run_leaves_what_the_docs_promise(tiny):
     names, output = tiny
-    run = names["run_dir"]
+    run = names["run"].folder
     found = {path.name for path in run.iterdir() if "tfevents" not in path.name}
     assert found == {"args.json", "best.pt", "last.pt", "results.json", "teacher.pt"}
     results = json.loads((run / "results.json").read_text())
@@ -475,7 +467,8 @@ def test_a_run_leaves_what_the_docs_promise(tiny):
     assert set(method["history"]) == seen | {"val_clean", "val_robust"}
     assert all(len(v) == 2 for v in method["history"].values())
     epoch = results["checkpoints"]["best"]["epoch"]
-    scores = [robust * (clean > names["majority"] + 0.01)  # an epoch of one class for everything does not count
+    majority = names["y_val"].bincount().max().item() / len(names["y_val"])
+    scores = [robust * (clean > majority + 0.01)  # an epoch of one class for everything does not count
               for clean, robust in zip(method["history"]["val_clean"], method["history"]["val_robust"])]
     assert scores[epoch - 1] == max(scores)
     assert {k: len(v) for row in method["usefulness"].values() for k, v in row.items()} == {"clean": d, "adv": d}
@@ -489,39 +482,32 @@ def test_a_run_leaves_what_the_docs_promise(tiny):
 
 def test_tensorboard_and_the_docs_have_the_same_tags(tiny, runs):
     """The tags of the three bases together are those of the table, no more and no fewer."""
-    others = [program(f"{TINY} --epochs 1 --base {base}", runs)[0]["run_dir"] for base in ("trades", "mart")]
-    assert tag_mismatches("vfd_adv.md", tiny[0]["run_dir"], *others) == []
+    others = [program(f"{TINY} --epochs 1 --base {base}", runs)[0]["run"].folder for base in ("trades", "mart")]
+    assert tag_mismatches("vfd_adv.md", tiny[0]["run"].folder, *others) == []
 
 
-def test_the_projection_is_trained_and_no_part_of_the_tested_network(runs):
-    names, _ = program(TINY + " --teacher-width 6", runs)
-    projection, state = names["projection"], torch.load(names["run_dir"] / "last.pt", weights_only=True)
-    assert tuple(projection.weight.shape) == (24, 16)
-    assert same(state["net"], {k: v for k, v in state["net"].items() if "projection" not in k})
-    assert {k: tuple(v.shape) for k, v in state["projection"].items()} == {"weight": (24, 16), "bias": (24,)}
-    parameters = len(list(names["net"].parameters()))
-    assert len(state["optimizer"]["state"]) == parameters + 2
-    torch.manual_seed(1)
-    vfd_adv.PreActResNet("preactresnet8", 4, 10)
-    assert (nn.Linear(16, 24).weight - state["projection"]["weight"]).abs().max() > 1e-3  # it left its start
-    resumed, _ = program(f"--resume {names['run_dir']}", runs)
-    assert resumed["method"] == names["method"]
-    net, args, _ = vfd_adv.load(names["run_dir"])
-    assert net(torch.rand(2, 3, 32, 32)).shape == (2, 10) and args.teacher_width == 6
+def test_a_teacher_with_another_number_of_features_has_logits_to_teach(runs, tmp_path, capsys):
+    wide = program(f"{BASE} --epochs 1 --eps 0 --width 6", runs)[0]["run"].folder
+    given = f"{TINY.replace('--teacher-epochs 1', '')} --epochs 1 --teacher {wide}"
+    status, error = in_process(given, capsys, tmp_path, "vfd_adv.py")
+    assert status == 2 and "--teacher has 24 features and the network 16" in error and not list(tmp_path.iterdir())
+    names, _ = program(f"{given} --distill logits", runs)
+    seen = json.loads((names["run"].folder / "results.json").read_text())["method"]["distance"]
+    assert set(seen) == {f"{k}_{kind}" for k in ("cka", "distance") for kind in ("clean", "adv")}
 
 
 @pytest.mark.parametrize("arguments", [
-    "--base trades --distill logits --distance cosine", "--base trades --distill features --bf16 --teacher-width 6",
-    "--base mart --distance normalized-mse --norm l2 --eps 128/255 --milestones 1", "--eps 0 --lambda-nat 0"])
+    "--base trades --distill logits", "--base trades --distill features --bf16",
+    "--base mart --norm l2 --eps 128/255 --milestones 1", "--eps 0 --lambda-nat 0"])
 def test_other_settings_of_the_method_run(arguments, runs):
     names, _ = program(f"{TINY} {arguments}", runs)
-    results = json.loads((names["run_dir"] / "results.json").read_text())
+    results = json.loads((names["run"].folder / "results.json").read_text())
     assert results["checkpoints"]["last"]["epoch"] == 2
     assert all(math.isfinite(v) for v in results["method"]["distance"].values())
     # Under autocast a pass without a gradient may leave its casts of the weights to the next one, cut from the weights.
-    assert len(names["optimizer"].state) == len(list(names["net"].parameters())) + 2 * ("features" in arguments)
-    if "logits" in arguments or "normalized" in arguments:
-        assert names["args"].lambda_adv == vfd_adv.LAMBDA  # these have no width that a default should follow
+    assert len(names["optimizer"].state) == len(list(names["net"].parameters()))
+    if "logits" in arguments:
+        assert names["args"].lambda_adv == vfd_adv.LAMBDA  # they have no width that a default should follow
 
 
 def test_killed_it_resumes_to_the_same_bits_without_the_cache(tiny, tmp_path):
@@ -537,7 +523,7 @@ def test_killed_it_resumes_to_the_same_bits_without_the_cache(tiny, tmp_path):
     assert "training the teacher" not in output
     whole, _ = program(longer, tmp_path)
     for name in ("last.pt", "best.pt"):
-        assert same(weights(whole["run_dir"] / name), weights(run / name))
+        assert same(weights(whole["run"].folder / name), weights(run / name))
     assert whole["method"] == resumed["method"] and whole["table"] == resumed["table"]
     again, _ = program(f"--eval-only {run}", tmp_path)
     assert again["table"] == whole["table"]

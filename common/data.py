@@ -398,8 +398,9 @@ def check_same(args, own, state, free_in_test=()):
 
 
 def on_interrupt(run_dir):
-    """From here on Ctrl-C (status 130), a disk that TensorBoard finds full and any other error (status 1) end the
-    program with a line that says how to go on: with the run in `run_dir`, once there is one and it has a checkpoint."""
+    """From here on Ctrl-C (status 130), a disk that TensorBoard finds full, too little memory and any other error
+    (status 1) end the program with a line that says how to go on: with the run in `run_dir`, once there is one and it
+    has a checkpoint."""
 
     def how_to_go_on():
         if run_dir and (run_dir / "last.pt").exists():
@@ -412,14 +413,18 @@ def on_interrupt(run_dir):
         raise SystemExit(130)
 
     def failed(kind, error, trace):
-        # A full disk, of files written by others than `save`, whose own error says all: no traceback.
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if not full and not isinstance(error, BrokenPipeError):  # of `| head`, say
+        # A full disk, of files written by others than `save`, and a full memory need no traceback.
+        reason, said = "", ". ".join(str(error).split(". ")[:2]) or kind.__name__
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            reason = f"error: a file cannot be written ({said}); "
+        elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+            reason = f"error: out of memory ({said}): a smaller --batch-size or --width takes less; "
+        elif not isinstance(error, BrokenPipeError):  # of `| head`, say
             distributed.show(kind, error, trace)
         if threading.current_thread() is not threading.main_thread():
             return  # a thread's error is raised again in the main one
-        if full or run_dir:
-            print(f"error: a file cannot be written ({error}); " * full + how_to_go_on(), file=sys.stderr)
+        if reason or run_dir:
+            print(reason + how_to_go_on(), file=sys.stderr)
 
     signal.signal(signal.SIGINT, interrupted)
     sys.excepthook = failed

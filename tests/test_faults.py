@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from running import execute, in_process
+from running import execute, in_process, start
 from test_data import LocalFile, md5, no_network, read_only_mount, write_cifar10, write_svhn
 from test_video import layout
 from torch.utils.tensorboard import SummaryWriter
@@ -132,13 +132,28 @@ def test_after_any_error_the_last_line_says_how_to_continue(tmp_path, monkeypatc
             if checkpoint:
                 (tmp_path / "last.pt").touch()
             data.on_interrupt(tmp_path)
-            sys.excepthook(RuntimeError, RuntimeError("CUDA out of memory"), None)
-            assert capsys.readouterr().err.splitlines() == ["RuntimeError: CUDA out of memory", line]
+            sys.excepthook(RuntimeError, RuntimeError("any"), None)
+            assert capsys.readouterr().err.splitlines() == ["RuntimeError: any", line]
+            full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 8 GiB")
+            sys.excepthook(type(full), full, None)
+            assert capsys.readouterr().err.splitlines() == [
+                "error: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB): a smaller --batch-size or "
+                f"--width takes less; {line}"]
         data.on_interrupt(None)  # no run yet: the traceback alone
         sys.excepthook(RuntimeError, RuntimeError("early"), None)
         assert capsys.readouterr().err.splitlines() == ["RuntimeError: early"]
     finally:
         signal.signal(signal.SIGINT, handler)
+
+
+def test_more_memory_than_there_is_is_one_line(tmp_path):
+    small = "--train-size 30 --val-size 20 --test-size 5 --bn single --width"
+    process = start(f"{small} 1000000", tmp_path)  # 36 TB in a single tensor
+    output = process.communicate()[0]
+    assert process.returncode == 1 and "Traceback" not in output, output
+    assert output.splitlines()[-1].startswith("error: out of memory (") and "allocate 36000000000000 bytes" in output
+    assert output.endswith("takes less; there is nothing to continue: start it again\n")
+    assert not list(tmp_path.iterdir())
 
 
 # --- Downloads

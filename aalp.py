@@ -367,9 +367,9 @@ if __name__ == "__main__":
                                 weight_decay=args.weight_decay)
     x_seen, y_seen = data.to_float(d.train.x[:256].to(device)), d.train.y[:256]  # from the training split  [D5]
     eps_test = args.eps or usual_eps(args.norm)  # an undefended network is tested like the others
-    selected = "robust" if args.eps else "clean"  # validation accuracy by which the best epoch is chosen
+    choose_by = "val/robust_acc" if args.eps else "val/clean_acc"  # the best epoch
 
-    # Training. The run is its folder, TensorBoard log and checkpoints.
+    # Training.
     run = data.Run(SCRIPT, args, d, {"net": net, "optimizer": optimizer}, args.epochs, preset, folder, state)
     for epoch in range(run.progress["epoch"], 0 if args.eval_only else args.epochs):
         started, sums, weights = time.time(), defaultdict(float), []
@@ -429,14 +429,14 @@ if __name__ == "__main__":
         scalars |= val | {"charts/learning_rate": factor * args.lr}
         scalars |= {f"attack/{k}": v for k, v in attack_metrics(net, x_few, y_few, x_adv).items()}
         scalars |= {f"aalp/{k}": v for k, v in seen.items()}
-        # Under one tag it would hide the scalar.
+        # A tag of its own: under the scalar's a histogram would hide it.
         run.writer.add_histogram("aalp/sample_weights", weights, (epoch + 1) * run.steps)
-        run.end_epoch(seconds, val[f"val/{selected}_acc"], scalars, attack_images(x_few, x_adv), seen | also)
+        run.end_epoch(seconds, val[choose_by], scalars, attack_images(x_few, x_adv), seen | also)
 
     # Final evaluation: the test split, for the first and only time.
     data.tune(False, exact=True)
     table = {}
-    for names, state in run.tested(eps_test):  # the best, then the last
+    for names, state in run.checkpoints_to_test(eps_test):  # the best, then the last
         net.load_state_dict(state["net"])
         if not table:  # what the method is about: of the best alone
             method = measure(net, x_test, y_test, eps_test, args)

@@ -694,9 +694,9 @@ if __name__ == "__main__":
     if args.compile:
         net.compile(dynamic=False)  # a graph for each batch size: one for all sizes would be slower
     optimizer = optimizer_of(net, args)
-    selected = "robust" if args.defense == "at" else "clean"  # validation accuracy by which the best epoch is chosen
+    choose_by = "val/robust_acc" if args.defense == "at" else "val/clean_acc"  # the best epoch
 
-    # Training. The run is its folder, TensorBoard log and checkpoints.
+    # Training.
     run = data.Run(SCRIPT, args, d, {"net": net, "optimizer": optimizer}, args.epochs, preset, folder, state)
     for epoch in range(run.progress["epoch"], 0 if args.eval_only else args.epochs):
         started = time.time()
@@ -718,12 +718,12 @@ if __name__ == "__main__":
                     net(images, record=(record := []))
                 history[f"distance_{kind}"] = distance(record).item()
         scalars |= {f"abnn/{k}": v for k, v in history.items()}
-        run.end_epoch(seconds, val[f"val/{selected}_acc"], scalars, attack_images(x_few, x_adv), history)
+        run.end_epoch(seconds, val[choose_by], scalars, attack_images(x_few, x_adv), history)
 
     # Final evaluation: the test split, for the first and only time.
     data.tune(False, exact=True)
     table, others = {}, transfer_models(net, args)
-    for names, state in run.tested(args.eps):  # the best, then the last
+    for names, state in run.checkpoints_to_test(args.eps):  # the best, then the last
         net.load_state_dict(state["net"])
         if not table:  # what the method is about: of the best alone
             known = data.to_float(x_val[: min(100, few)]), y_val[: min(100, few)]

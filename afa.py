@@ -383,8 +383,8 @@ if __name__ == "__main__":
         data.check_same(args, own, state)
     dual = args.bn == "dual"
     if not named:
-        unused = ["step_size"] * (args.eps == 0)
-        unused += ["gate", "gate_epochs", "gate_lr", "harden", "finetune"] * (not dual)
+        unused = ["step_size"] * (args.eps == 0) + ["gate_epochs"] * (not dual)
+        unused += ["gate", "gate_lr", "harden", "finetune"] * (not dual or args.gate_epochs == 0)
         data.refuse_unused(args, *unused)
     preset = {k: v for k, v in PRESETS[args.dataset][args.preset].items() if getattr(args, k) is None}
     args = replace(args, **preset)
@@ -408,7 +408,7 @@ if __name__ == "__main__":
     stages = [1] * args.epochs + [2] * (args.gate_epochs if dual else 0)
     eps_test = args.eps or usual_eps(args.norm)  # an undefended network is tested like the others
 
-    # Training. The run is its folder, TensorBoard log and checkpoints.
+    # Training.
     parts = {"net": net, **{f"optimizer{stage}": optimizer for stage, optimizer in optimizers.items()}}
     run = data.Run(SCRIPT, args, d, parts, len(stages), preset, folder, state)
     for epoch in range(run.progress["epoch"], 0 if args.eval_only else len(stages)):
@@ -459,9 +459,9 @@ if __name__ == "__main__":
         seconds = time.time() - started
         data.tune(False)
 
-        # Validation: in stage 1 each end on its own kind of data, in stage 2 the whole model on both.
+        # Validation: before the last stage each end on its own kind of data, then the whole model on both.
         net.eval()
-        clean_model, model = (partial(net, w=0.0), partial(net, w=1.0)) if dual and stage == 1 else (None, net)
+        clean_model, model = (partial(net, w=0.0), partial(net, w=1.0)) if stage < stages[-1] else (None, net)
         val = validate(model, x_val, y_val, eps_test, args.norm, clean_model=clean_model)
         # AFA is for all strengths: clean and robust accuracy both count, in the last stage.  [D7]
         score = sum(val.values()) / 2 if dual else val["val/robust_acc" if args.eps else "val/clean_acc"]
@@ -473,14 +473,14 @@ if __name__ == "__main__":
             for kind, images in (("clean", x_few), ("adv", x_adv)):
                 weights = fusing_weights(net, images)
                 scalars[f"afa/weight_{kind}"] = weights.mean().item()
-                # Under one tag it would hide the scalar.
+                # A tag of its own: under the scalar's a histogram would hide it.
                 run.writer.add_histogram(f"afa/weights_{kind}", weights, (epoch + 1) * run.steps)
         run.end_epoch(seconds, score if stage == stages[-1] else None, scalars, attack_images(x_few, x_adv))
 
     # Final evaluation: the test split, for the first and only time.
     data.tune(False, exact=True)
     table, others = {}, transfer_models(net, args)
-    for names, state in run.tested(eps_test):  # the best, then the last
+    for names, state in run.checkpoints_to_test(eps_test):  # the best, then the last
         net.load_state_dict(state["net"])
         if not table:  # what the method is about: of the best alone
             method = measure(net, x_test, y_test, (x_val[:256], y_val[:256]), eps_test, args)

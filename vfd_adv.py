@@ -393,7 +393,7 @@ if __name__ == "__main__":
     net = data.to_device(net if named else build(args, len(d.classes)), device)
     if distilling and args.distill == "features" and net.fc.in_features != teacher.fc.in_features:
         raise data.UserError(f"--teacher has {teacher.fc.in_features} features and the network {net.fc.in_features}: "
-                             "choose its --arch and --width, or --distill logits")
+                             "give the network the teacher's --arch and --width, or --distill logits")
     if args.compile:
         net.compile(dynamic=False)  # a graph for each batch size: one for all sizes would be slower
         if teacher is not None:
@@ -403,9 +403,9 @@ if __name__ == "__main__":
     x_seen, y_seen = data.to_float(d.train.x[:256].to(device)), d.train.y[:256]  # from the training split  [D6]
     clean_statistics = args.base != "at" or args.clean_statistics
     eps_test = args.eps or usual_eps(args.norm)  # an undefended network is tested like the others
-    selected = "robust" if args.eps else "clean"  # validation accuracy by which the best epoch is chosen
+    choose_by = "val/robust_acc" if args.eps else "val/clean_acc"  # the best epoch
 
-    # Training. The run is its folder, TensorBoard log and checkpoints.
+    # Training.
     parts = {"net": net, "optimizer": optimizer}
     run = data.Run(SCRIPT, args, d, parts, args.epochs, preset, folder, state, beside)
     for epoch in range(run.progress["epoch"], 0 if args.eval_only else args.epochs):
@@ -474,12 +474,12 @@ if __name__ == "__main__":
         scalars |= {f"attack/{k}": v for k, v in attack_metrics(net, x_few, y_few, x_adv).items()}
         scalars |= {f"vfd/{k}": v for k, v in seen.items()}
         history = seen | {"val_clean": val["val/clean_acc"], "val_robust": val["val/robust_acc"]}
-        run.end_epoch(seconds, val[f"val/{selected}_acc"], scalars, attack_images(x_few, x_adv), history)
+        run.end_epoch(seconds, val[choose_by], scalars, attack_images(x_few, x_adv), history)
 
     # Final evaluation: the test split, for the first and only time.
     data.tune(False, exact=True)
     table, others = {}, [] if teacher is None else [teacher]
-    for names, state in run.tested(eps_test):  # the best, then the last
+    for names, state in run.checkpoints_to_test(eps_test):  # the best, then the last
         net.load_state_dict(state["net"])
         if not table:  # what the method is about: of the best alone
             method = measure(net, teacher, x_test, y_test, eps_test, args)

@@ -34,17 +34,21 @@ class Args:
     validation: bool = False  # accuracies of the best epoch on validation images: what a sweep may choose by
 
 
+# Arguments of earlier versions, gone since, at the values that say nothing. Runs with others of them keep their name.
+GONE = {"afa": {"fusion": "learned"},
+        "vfd_adv": {"distance": "mse", "clean_pass": "auto", "teacher_arch": None, "teacher_width": None}}
+
+
 def setting(script, info):
     """The arguments of a run that differ from what its data set's preset gives, as flags: its name in tables."""
     module, args = importlib.import_module(script), info["args"]
-    usual = {**vars(module.Args()), **module.PRESETS[args["dataset"]][args["preset"]]}
+    usual = {**GONE.get(script, {}), **vars(module.Args()), **module.PRESETS[args["dataset"]][args["preset"]]}
     usual |= getattr(module, "METHODS", {}).get("alp" if args.get("control_of") else args.get("method"), {})
     usual = json.loads(json.dumps(usual))  # as args.json has it: a tuple is a list
     # What a script says that it filled in by itself, unless it does so with another value now.
     filled = {k for k in info.get("preset", []) if args[k] is None or usual.get(k) is None or args[k] == usual[k]}
     filled |= {"lr"} & set(info.get("preset", []) if args.get("base") == "mart" else [])  # half of the preset's
     skipped = NOT_A_SETTING | filled
-    # A flag of an earlier version, gone since, is part of the name where it was on.
     changed = {k: v for k, v in args.items() if k not in skipped and v != usual.get(k, False)}
     if changed.get("control_of"):  # the folder, and the weight that comes from it, are another with each seed
         changed = {k: v for k, v in changed.items() if k not in ("method", "pairing_weight")} | {"control_of": "RUN"}

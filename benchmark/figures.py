@@ -84,7 +84,7 @@ def vfd_label(args):
     if any(pairs):
         name = {(True, True): "VFD", (True, False): "adv. pair", (False, True): "clean pair"}[pairs]
         parts.append(name + " (logits)" * (args["distill"] == "logits"))
-    parts += ["clean statistics"] * args["clean_statistics"]
+    parts += ["clean statistics"] * args.get("clean_statistics", False)
     return " + ".join(parts)
 
 

@@ -214,17 +214,22 @@ def _shown(values):
 class Run:
     """A run and its folder: what is saved, logged and printed from its first line to its results.
 
-    `parts` {name: network, optimizer} are what a checkpoint holds, beside the arguments and `progress`; `epochs` are
-    those of the whole run. A run that is resumed or evaluated has a `folder` and a checkpoint `state`, from which parts
-    and progress are filled. Any other makes its folder and leaves there, before it trains, a checkpoint to resume, and
-    the files `beside` [(name, content)]; `preset` are the arguments that the user left out.
+    `parts`, {"net": the network, "optimizer": ...} and whatever else has a state_dict, are what a checkpoint holds,
+    beside the arguments and `progress`; `epochs` are those of the whole run. A run that is resumed or evaluated has a
+    `folder` and a checkpoint `state`, from which parts and progress are filled. Any other makes its folder and leaves
+    there, before it trains, a checkpoint to resume, and the files `beside` [(name, content)]; `preset` are the
+    arguments that the user left out.
+
+    A script uses `steps` (of an epoch), `progress` (`epoch`: how many are done), `bar` and TensorBoard's `writer`.
+    Raises UserError when files cannot be written, or when processes cannot share a batch evenly.
     """
 
     def __init__(self, script, args, d, parts, epochs, preset, folder=None, state=None, beside=()):
-        from torch.utils.tensorboard import SummaryWriter  # here, as in `environment`
+        from torch.utils.tensorboard import SummaryWriter  # not above: neither --help nor a refusal needs it
 
         self.script, self.args, self.d, self.parts, self.epochs = script, args, d, parts, epochs
-        self.steps = steps_per_epoch(len(d.train.y), args.batch_size, shared=not args.eval_only)  # of an epoch
+        self.steps = steps_per_epoch(len(d.train.y), args.batch_size, shared=not args.eval_only)
+        self.majority = d.val.y.bincount().max().item() / len(d.val.y)  # accuracy of predicting one class for all
         self.progress = dict(epoch=0, best=-1.0, train_seconds=0.0, history={})
         self.info = dict(script=script, dataset=d.name, seed=args.seed, **environment(d.val.y.device))
         if state:
@@ -259,15 +264,16 @@ class Run:
                                       **parts, **self.progress))  # fmt: skip
 
     def end_epoch(self, seconds, score, scalars, image, history=()):
-        """Log an epoch, and save it. `seconds` are those of training alone.
+        """Log an epoch, and save it. `seconds` are those of training alone. Raises UserError as `save` does.
 
-        `scalars` {tag: number} and `image` (3, h, w) are logged; the numbers of `history` are kept, a list each. Prints
-        losses, what validation found and the speed. The best.pt is of the epoch with the highest `score`; until one
-        scores more than 0, of the latest. With None an epoch does not count.
+        `scalars` {tag: number}, with those of `validate`, and `image` (3, h, w) are logged; the numbers of `history`
+        are kept, a list each. Prints losses, what validation found and the speed.
+
+        The best.pt is of the epoch with the highest `score`; until one scores more than 0, of the latest. With None an
+        epoch does not count. One with hardly more clean accuracy than the largest class alone would give scores 0.
         """
         progress, epoch = self.progress, self.progress["epoch"] + 1
-        majority = self.d.val.y.bincount().max().item() / len(self.d.val.y)
-        if score and scalars["val/clean_acc"] <= majority + 0.01:
+        if score and scalars["val/clean_acc"] <= self.majority + 0.01:
             score = 0.0  # to predict one class for everything resists all attacks, but is no classifier
         speed = self.steps * min(self.args.batch_size, len(self.d.train.y)) / seconds
         scalars = scalars | {"charts/images_per_second": speed, "charts/epoch_seconds": time.time() - self.started,
@@ -288,7 +294,7 @@ class Run:
         sys.stdout.flush()  # a log shows each epoch when it ends
         self.started = time.time()
 
-    def tested(self, eps):
+    def checkpoints_to_test(self, eps):
         """What is tested: (names, state) of the best and of the last checkpoint, once where both are of the same epoch,
         or of the .pt file that --eval-only names. Raises UserError as `checkpoint_of` does."""
         self.bar.close()

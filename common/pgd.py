@@ -298,10 +298,8 @@ def above(a, b):
 
 
 def validate(model, x, y, eps, norm="linf", n=None, clean_model=None):
-    """{"val/clean_acc", "val/robust_acc"}: fractions of x right without an attack, and of the first n under PGD-10.
-
-    `clean_model` is another one for the images without an attack.
-    """
+    """Fractions of x (N, ...), floats or uint8, that are right without an attack and, of the first n (None: of all),
+    under PGD-10: {"val/clean_acc", "val/robust_acc"}. `clean_model` counts the former, where it is another one."""
     alive = survivors(model, x, y, eps=0, steps=0)
     clean = alive if clean_model is None else survivors(clean_model, x, y, eps=0, steps=0)
     robust = survivors(model, x[:n], y[:n], alive[:n], eps=eps, steps=10, norm=norm)

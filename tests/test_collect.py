@@ -19,8 +19,9 @@ from conftest import ROOT
 
 import aalp
 import abnn
+import vfd_adv
 from benchmark import run
-from benchmark.collect import collect, measured, read, setting
+from benchmark.collect import GONE, collect, measured, read, setting
 from common import data
 
 RESULTS = sorted((ROOT / "results").glob("*.csv"))
@@ -70,6 +71,9 @@ def test_a_run_of_an_earlier_version_with_a_flag_that_is_gone_has_its_name():
     args = {**vars(abnn.Args()), **abnn.DIGITS, "gone": False}
     assert setting("abnn", {"args": json.loads(json.dumps(args))}) == "default"
     assert setting("abnn", {"args": json.loads(json.dumps(args | {"gone": True}))}) == "--gone"
+    args = {**vars(vfd_adv.Args()), **vfd_adv.DIGITS, **GONE["vfd_adv"]}
+    assert setting("vfd_adv", {"args": json.loads(json.dumps(args))}) == "default"
+    assert setting("vfd_adv", {"args": json.loads(json.dumps(args | {"distance": "cosine"}))}) == "--distance cosine"
 
 
 def results(seed, command, **own):

@@ -59,6 +59,18 @@ def test_a_flipped_bit_of_a_weight_is_refused(script, tmp_path):
             module.load_teacher(path, module.Args(), 10, "cpu")
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_of_an_earlier_version_is_refused_with_the_argument_that_is_gone(script, tmp_path, capsys):
+    path = tmp_path / "last.pt"
+    write_checkpoint(path, script)
+    state = torch.load(path, weights_only=True)
+    data.save(path, state | {"args": {**state["args"], "old_flag": 1}})
+    for flag in ("--eval-only", "--resume"):
+        status, error = in_process(f"{flag} {path}", capsys, tmp_path, f"{script}.py")
+        assert status == 2 and "last.pt is not a checkpoint that" in error and "'old_flag'" in error
+        assert "\n" not in error
+
+
 def test_wherever_a_bit_flips_the_content_is_right_or_refused(tmp_path):
     path, content = tmp_path / "a.pt", {"net": {"w": torch.arange(500.0)}, "epoch": 3, "args": {"lr": 0.1}}
     data.save(path, content)

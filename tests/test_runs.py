@@ -429,6 +429,7 @@ REFUSED = {
     "--width 0": "--width must be at least 1",
     "--attack-steps 0": "--attack-steps must be at least 1",
     "--gate-epochs -1": "--gate-epochs must be at least 0",
+    "--gate-epochs 0 --gate layer --harden 0.5": "--gate, --harden would do nothing here: leave it out",
     "--bn single --harden 0.5": "--harden would do nothing here: leave it out",
     "--bn single --gate-epochs 5": "--gate-epochs would do nothing here",
     "--bn single --gate layer --gate-lr 0.1": "--gate, --gate-lr would do nothing here",

@@ -540,6 +540,16 @@ def test_every_setting_of_the_method_runs(arguments, capsys, tmp_path):
     assert json.loads((run / "results.json").read_text())["checkpoints"]["last"]["epoch"] in (2, 3)
 
 
+def test_without_a_stage_2_validation_is_of_what_is_tested(tmp_path):
+    small = "--train-size 1280 --val-size 200 --test-size 5 --width 8 --epochs 1 --batch-size 32 --attack-steps 1 "
+    run, _ = finished_in_process(small + "--gate-epochs 0", tmp_path)
+    net, args, _ = afa.load(run, name="last.pt")
+    d = data.load_as(args, "cpu")
+    clean = (net(data.to_float(d.val.x)).argmax(1) == d.val.y).float().mean().item()
+    events = EventAccumulator(str(run)).Reload()
+    assert events.Scalars("val/clean_acc")[-1].value == pytest.approx(clean)
+
+
 def test_runs_of_one_second_get_folders_of_their_own(monkeypatch, capsys, tmp_path):
     ticks = itertools.count()
     monkeypatch.setattr(time, "time", lambda: 1e9 + next(ticks) / 1e6)

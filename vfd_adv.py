@@ -435,7 +435,7 @@ if __name__ == "__main__":
                 net.train()
                 # Two passes, the clean one first, as in the code of the authors of TRADES and MART. There both move
                 # the running statistics. AT has no clean pass of its own: one that the clean pair adds must not move
-                # them. Clean images in them cost robustness, which would look like an effect of the pair.  [D5]
+                # them, for whatever clean images in them do would look like an effect of the pair.  [D5]
                 z = phi = None
                 if clean_statistics or args.lambda_nat:
                     track_statistics(net, clean_statistics)

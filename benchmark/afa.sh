@@ -37,7 +37,7 @@ commands() {
             short="--dataset $part --seed $seed $reduced --eps-warmup-epochs"
             echo python afa.py $short ${schedule[0]} --epochs 12 --gate-epochs 2
             echo python afa.py $short ${schedule[1]} --epochs 24 --bn single
-            # The reading of the gate that loses least on embedded data.
+            # Of the gates that are trained, the one that loses least on embedded data.
             [[ $part = svhn ]] || echo python afa.py $short ${schedule[0]} --epochs 12 --gate-epochs 2 --gate layer
         done
         ;;

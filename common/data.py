@@ -229,6 +229,7 @@ class Run:
 
         self.script, self.args, self.d, self.parts, self.epochs = script, args, d, parts, epochs
         self.steps = steps_per_epoch(len(d.train.y), args.batch_size, shared=not args.eval_only)
+        self.images = self.steps * min(args.batch_size, len(d.train.y))  # seen in an epoch
         self.majority = d.val.y.bincount().max().item() / len(d.val.y)  # accuracy of predicting one class for all
         self.progress = dict(epoch=0, best=-1.0, train_seconds=0.0, history={})
         self.info = dict(script=script, dataset=d.name, seed=args.seed, **environment(d.val.y.device))
@@ -275,7 +276,7 @@ class Run:
         progress, epoch = self.progress, self.progress["epoch"] + 1
         if score and scalars["val/clean_acc"] <= self.majority + 0.01:
             score = 0.0  # to predict one class for everything resists all attacks, but is no classifier
-        speed = self.steps * min(self.args.batch_size, len(self.d.train.y)) / seconds
+        speed = self.images / seconds
         scalars = scalars | {"charts/images_per_second": speed, "charts/epoch_seconds": time.time() - self.started,
                              "charts/peak_memory_gb": peak_memory(self.d.val.y.device)}  # fmt: skip
         for tag, value in scalars.items():
@@ -314,10 +315,9 @@ class Run:
         """
         written = self.folder / ("eval.json" if self.args.eval_only else "results.json")
         seconds, steps, curves = state["train_seconds"], state["epoch"] * self.steps, method["curves"]
-        images = steps * min(self.args.batch_size, len(self.d.train.y))
         save(written, {**self.info, "eps": eps, "evaluated": len(self.d.test.y), "checkpoints": table,
                        "robustness_curve": curves["model"], "method": method, "train_seconds": seconds,
-                       "images_per_second": images / seconds if seconds else 0.0,
+                       "images_per_second": state["epoch"] * self.images / seconds if seconds else 0.0,
                        "peak_memory_gb": peak_memory(self.d.test.y.device)})  # fmt: skip
         lines = [("checkpoint", *next(iter(table.values()))), *((name, *row.values()) for name, row in table.items()),
                  (), ("PGD-20 at eps", *curves), *((f"{k}/255", *(curve[k] for curve in curves.values()))
@@ -420,10 +420,11 @@ def on_interrupt(run_dir):
 
     def failed(kind, error, trace):
         # A full disk, of files written by others than `save`, and a full memory need no traceback.
-        reason, said = "", ". ".join(str(error).split(". ")[:2]) or kind.__name__
+        reason = ""
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            reason = f"error: a file cannot be written ({said}); "
+            reason = f"error: a file cannot be written ({error}); "
         elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+            said = ". ".join(str(error).split(". ")[:2]) or kind.__name__  # a GPU's message goes on for lines
             reason = f"error: out of memory ({said}): a smaller --batch-size or --width takes less; "
         elif not isinstance(error, BrokenPipeError):  # of `| head`, say
             distributed.show(kind, error, trace)

@@ -731,9 +731,8 @@ if __name__ == "__main__":
         row = evaluate(net, x_test, y_test, args.eps, args.norm, others)
         table |= dict.fromkeys(names, {"epoch": state["epoch"], **row})  # the best may be the last
     method["history"], threats = state["history"], method["threats"]
-    columns, end = ("clean", *KINDS, "all"), state["epoch"] * run.steps
+    columns = ("clean", *KINDS, "all")
     lines = [(args.defense, *columns), *((k, *(row.get(name, "") for name in columns)) for k, row in threats.items()),
              (), *((f"warning: {w}",) for w in method["warnings"]), (method["verdict"],)]
-    points = [(f"test/{name.replace(' ', '_')}_{k}", v, end) for name, row in threats.items() for k, v in row.items()]
-    run.publish(args.eps, state, table, method, lines, points)
+    run.publish(args.eps, state, table, method, lines)
     distributed.finish()

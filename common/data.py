@@ -322,7 +322,9 @@ class Run:
         lines = [("checkpoint", *next(iter(table.values()))), *((name, *row.values()) for name, row in table.items()),
                  (), ("PGD-20 at eps", *curves), *((f"{k}/255", *(curve[k] for curve in curves.values()))
                                                    for k in curves["model"]), (), *lines]  # fmt: skip
-        print("\n".join("".join(f"{v:>14.3f}" if isinstance(v, float) else f"{v:>14}" for v in line) for line in lines))
+        text = "\n".join("".join(f"{v:>14.3f}" if isinstance(v, float) else f"{v:>14}" for v in line) for line in lines)
+        print(text)
+        self.writer.add_text("results", f"```\n{text}\n```", steps)
         points = [(f"test/{name}_{k}", v, steps) for name, row in table.items() for k, v in row.items()] + [*points]
         points += [(f"robustness_curve/{name}", v, float(k)) for name, row in curves.items() for k, v in row.items()]
         for tag, value, x_axis in points:

@@ -120,5 +120,7 @@ def tag_mismatches(document, *runs):
               if not any(tag == name or name.endswith("/*") and tag.startswith(name[:-1]) for name in documented)]
     result += [f"{name} is not in the run" for name in documented
                if not any(tag == name or name.endswith("/*") and tag.startswith(name[:-1]) for tag in tags)]
+    result += [f"a run has no text {name}" for name in ("hyperparameters", "results")
+               if not all(f"{name}/text_summary" in tags["tensors"] for tags in found)]
     # TensorBoard gives a tag to the kind that is written first and does not show the other.
     return result + [f"{tag} has two kinds" for tag in sorted({tag for tag in tags if tags.count(tag) > 1})]

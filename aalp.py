@@ -22,7 +22,6 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
 
 from common import data, distributed
 from common.pgd import attack_images, attack_metrics, pgd, pgd10, robustness_curve, survivors, usual_eps, validate
@@ -44,7 +43,7 @@ class Args:
     resume: str | None = None  # continue the run in this folder, with its own arguments
     eval_only: str | None = None  # evaluate the run in this folder, or one .pt file; writes eval.json beside it
     # --- Data
-    train_size: int | None = None  # training images: in a fixed permutation those after the first val_size (None: all)
+    train_size: int | None = None  # training images (None: all that validation leaves)
     val_size: int = 1000  # validation images, held out of the training split
     test_size: int | None = None  # test images (None: all, of digits 500)
     data_on: Literal["auto", "device", "host"] = "auto"  # where training data are kept; auto: host above 60 % of a GPU
@@ -332,23 +331,18 @@ def load(run, device="cpu", name="best.pt"):
 
 
 if __name__ == "__main__":
-    # Arguments. A run that is continued or evaluated brings its own.
+    # Arguments. A run that is continued or evaluated brings its own; of a new one, the other three are None.
     distributed.start()  # with torchrun: one process for each GPU
-    args = tyro.cli(Args, description=__doc__)
-    named, folder = data.named_run(args)
-    state = None
-    if named:
-        net, own, state = load(named, name="last.pt" if args.resume else "best.pt")
-        args = tyro.cli(Args, description=__doc__, default=own)  # again: flags given now override the run's own
-        data.check_same(args, own, state)
-    if args.control_of and not named:
-        if args.pairing_weight is not None or args.method == "at":
-            raise data.UserError("--control-of is ALP and sets --pairing-weight: leave out that, and --method at")
+    args, folder, net, state = data.arguments(Args, __doc__, load)
+    if args.control_of and not state:
+        if args.pairing_weight is not None or args.sample_weight is not None or args.method == "at":
+            raise data.UserError("--control-of is ALP with a --pairing-weight of its own, the same for all samples: "
+                                 "leave out --pairing-weight, --sample-weight and --method at")
         args = replace(args, method="alp", pairing_weight=control(args.control_of, args.dataset))
     preset = {**PRESETS[args.dataset][args.preset], **METHODS[args.method]}  # a method's own value goes first
     preset = {k: v for k, v in preset.items() if getattr(args, k) is None}
     args = replace(args, **preset)
-    if not named:
+    if not state:
         unused = ["step_size"] * (args.eps == 0) + ["dropout_ratio", "dropout_prob"] * (args.guided_dropout == "none")
         unused += ["dropout_label"] * (args.guided_dropout in ("none", "random"))
         unused += ["sample_weight"] * (args.pairing_weight == 0 and "sample_weight" not in preset)
@@ -360,7 +354,7 @@ if __name__ == "__main__":
     d = data.load_as(args, device, state=state)
     x_val, y_val, x_test, y_test = data.to_float(d.val.x), d.val.y, data.to_float(d.test.x), d.test.y
     torch.manual_seed(args.seed)
-    net = data.to_device(net if named else build(args, len(d.classes)), device)
+    net = data.to_device(net if state else build(args, len(d.classes)), device)
     if args.compile:
         net.compile(dynamic=False)  # a graph for each batch size: one for all sizes would be slower
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, nesterov=True, fused=True,

@@ -9,7 +9,7 @@ https://arxiv.org/abs/2405.11708
     python abnn.py --dataset cifar10 --bf16 --compile    # ResNet-18, the substitute trained on CIFAR-100, on a GPU
 
 Embedded images, 8/255, 3 seeds: an attacker who ignores the gradient through the substitute leaves 30.7 % right, one
-who follows it 0.0 %. Clean 96.5 %, adversarial training 88.5 %. Embedded video, 4/255: 91.2 and 0.0 %.
+who follows it 0.0 %. Clean 96.5 %, adversarial training 88.5 %. Embedded video, 4/255: 91.2 and 0.4 %.
 """
 
 import math
@@ -23,7 +23,6 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
 
 from common import data, distributed
 from common.pgd import above, attack_images, attack_metrics, frame_mask, in_a_pass, likeliest_wrong
@@ -47,9 +46,9 @@ class Args:
     resume: str | None = None  # continue the run in this folder, with its own arguments
     eval_only: str | None = None  # evaluate the run in this folder, or one .pt file; writes eval.json beside it
     # --- Data
-    train_size: int | None = None  # for training: in a fixed permutation, those after the first val_size (None: all)
+    train_size: int | None = None  # training images or clips (None: all that validation leaves)
     val_size: int = 1000  # validation images or clips, held out of the training split
-    test_size: int | None = None  # test images or clips (None: all)
+    test_size: int | None = None  # test images or clips (None: all; of digits 200, moving-digits 80, ucf101 500)
     data_on: Literal["auto", "device", "host"] = "auto"  # where training data are kept; auto: host above 60 % of a GPU
     frames: int | None = None  # frames of a clip
     split: Literal[1, 2, 3] = 1  # official split of ucf101
@@ -650,21 +649,16 @@ def load(run, device="cpu", name="best.pt"):
 
 
 if __name__ == "__main__":
-    # Arguments. A run that is continued or evaluated brings its own.
+    # Arguments. A run that is continued or evaluated brings its own; of a new one, the other three are None.
     distributed.start()  # with torchrun: one process for each GPU
-    args = tyro.cli(Args, description=__doc__)
-    named, folder = data.named_run(args)
-    state = None
-    if named:
-        net, own, state = load(named, name="last.pt" if args.resume else "best.pt")
-        args = tyro.cli(Args, description=__doc__, default=own)  # again: flags given now override the run's own
-        data.check_same(args, own, state, free_in_test=["attack_strength"])
+    args, folder, net, state = data.arguments(Args, __doc__, load, free_in_test=["attack_strength"])
     given, video = args, args.dataset in data.VIDEO
-    if not named:
+    if not state:
         unused = ["frames"] * (not video) + ["split"] * (args.dataset != "ucf101")
         unused += ["step_size"] * (args.defense != "at")
-        unused += ["substitute", "substitute_arch", "substitute_width", "statistics", "moments", "equalised",
-                   "align_weight"] * (args.defense != "abnn")
+        if args.defense != "abnn":  # on ucf101 --substitute says where T starts, too  [D5]
+            unused += ["substitute"] * (args.dataset != "ucf101")
+            unused += ["substitute_arch", "substitute_width", "statistics", "moments", "equalised", "align_weight"]
         data.refuse_unused(args, *unused)
     args = replace(args, **{k: v for k, v in PRESETS[args.dataset][args.preset].items() if getattr(args, k) is None})
     data.check(args, eps=(1e-9, math.inf), frames=(1, math.inf), clean_epochs=(1, math.inf),
@@ -673,7 +667,7 @@ if __name__ == "__main__":
         raise data.UserError(f"--arch {args.arch} is not for {args.dataset}: one is of images, the other of video")
     if args.width and args.arch in TORCHVISION:
         raise data.UserError(f"{args.arch} has a width of its own: leave --width out")
-    if args.defense == "abnn" and not named:
+    if args.defense == "abnn" and not state:
         args, substitute = find_substitute(args)
     preset = {k: v for k, v in asdict(args).items() if v != getattr(given, k)}
 
@@ -686,10 +680,10 @@ if __name__ == "__main__":
         x_val = data.centre_clips(x_val, args.frames, SIDES.get(args.dataset, 32))
     few = min(256, 2 * in_a_pass(x_val))  # samples to watch training with
     torch.manual_seed(args.seed)
-    net = data.to_device(net if named else build(args, len(d.classes)), device)
-    if not named and args.defense == "abnn":
+    net = data.to_device(net if state else build(args, len(d.classes)), device)
+    if not state and args.defense == "abnn":
         assemble(net, args, d, device, substitute)
-    elif not named:
+    elif not state:
         net.load_state_dict(clean_network(args, d, device).state_dict())  # all defenses start from the same T  [D5]
     if args.compile:
         net.compile(dynamic=False)  # a graph for each batch size: one for all sizes would be slower

@@ -21,7 +21,6 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
 
 from common import data, distributed
 from common.pgd import attack_images, attack_metrics, kl, pgd, pgd10, robustness_curve, survivors, usual_eps, validate
@@ -43,7 +42,7 @@ class Args:
     resume: str | None = None  # continue the run in this folder, with its own arguments
     eval_only: str | None = None  # evaluate the run in this folder, or one .pt file; writes eval.json beside it
     # --- Data
-    train_size: int | None = None  # training images: in a fixed permutation those after the first val_size (None: all)
+    train_size: int | None = None  # training images (None: all that validation leaves)
     val_size: int = 1000  # validation images, held out of the training split
     test_size: int | None = None  # test images (None: all, of digits 500)
     data_on: Literal["auto", "device", "host"] = "auto"  # where training data are kept; auto: host above 60 % of a GPU
@@ -349,16 +348,10 @@ def load(run, device="cpu", name="best.pt"):
 
 
 if __name__ == "__main__":
-    # Arguments. A run that is continued or evaluated brings its own.
+    # Arguments. A run that is continued or evaluated brings its own; of a new one, the other three are None.
     distributed.start()  # with torchrun: one process for each GPU
-    args = tyro.cli(Args, description=__doc__)
-    named, folder = data.named_run(args)
-    state = None
-    if named:
-        net, own, state = load(named, name="last.pt" if args.resume else "best.pt")
-        args = tyro.cli(Args, description=__doc__, default=own)  # again: flags given now override the run's own
-        data.check_same(args, own, state)
-    else:
+    args, folder, net, state = data.arguments(Args, __doc__, load)
+    if not state:
         unused = ["step_size"] * (args.eps == 0) + ["beta" if args.base == "at" else "clean_statistics"]
         # Without distillation, the distance to a --teacher is measured even so.
         unused += ["distill"] * (args.lambda_adv == args.lambda_nat == 0 and args.teacher is None)
@@ -379,7 +372,7 @@ if __name__ == "__main__":
     data.tune(False)  # no tuning yet: evaluation has batches of many sizes
     teacher, beside = None, []
     if args.teacher or args.lambda_adv != 0 or args.lambda_nat != 0:  # a weight left at None is not 0
-        path = folder / "teacher.pt" if named else args.teacher or vanilla_teacher(args, d)
+        path = folder / "teacher.pt" if state else args.teacher or vanilla_teacher(args, d)
         teacher, teacher_state = load_teacher(path, args, len(d.classes), device)
         beside = [("teacher.pt", teacher_state)]  # kept with the run: resuming needs it, and the cache may be emptied
         teacher_val = survivors(teacher, x_val, y_val, eps=0, steps=0).float().mean().item()
@@ -390,7 +383,7 @@ if __name__ == "__main__":
         args, preset = replace(args, **missing), preset | missing
     distilling = args.lambda_adv > 0 or args.lambda_nat > 0
     torch.manual_seed(args.seed)  # after the teacher: whether it was trained now or earlier makes no difference
-    net = data.to_device(net if named else build(args, len(d.classes)), device)
+    net = data.to_device(net if state else build(args, len(d.classes)), device)
     if distilling and args.distill == "features" and net.fc.in_features != teacher.fc.in_features:
         raise data.UserError(f"--teacher has {teacher.fc.in_features} features and the network {net.fc.in_features}: "
                              "give the network the teacher's --arch and --width, or --distill logits")

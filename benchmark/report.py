@@ -61,7 +61,9 @@ NAMES = {
              "--statistics channel --moments batch": "ABNN, channel, batch moments",
              "--statistics flat": "ABNN, flat", "--statistics flat --moments batch": "ABNN, flat, batch moments",
              "--no-equalised": "ABNN, map that learns", "--align-weight 1.0": "ABNN, alignment loss",
-             "--defense at": "PGD-AT", "--defense none": "undefended"},
+             "--defense at": "PGD-AT", "--defense none": "undefended",
+             "--val-size 16 --test-size 64 --frames 8 --arch conv3d --epochs 15 --lr 0.02 --milestones 12 "
+             "--defense none --clean-epochs 40": "undefended, conv3d"},
 }  # fmt: skip
 SUMMARY = (("afa", "AFA"), ("afa", "PGD-AT"), ("aalp", "AALP, both modules"), ("aalp", "ALP"),
            ("aalp", "no pairing"), ("vfd_adv", "AT + VFD"), ("vfd_adv", "AT"), ("vfd_adv", "TRADES + VFD"),

@@ -362,9 +362,14 @@ def check_writable(folder):
         raise UserError(f"{folder} cannot be written to: copy it to where that is possible, and name the copy")
 
 
-def named_run(args):
-    """(what the arguments name with --resume or --eval-only, its folder), or (None, None). Raises UserError where both
-    are given, and where the folder is read-only. From here on an interruption prints one line."""
+def arguments(Args, doc, load, free_in_test=()):
+    """(args, folder, net, state) of a script's command line: with --resume or --eval-only the named run's own arguments
+    where no flag says otherwise, its folder, and what the script's `load` gives; else None in the places of the latter.
+
+    Raises UserError where both are given, where the folder is read-only, and as `check_same` does. From here on an
+    interruption prints one line.
+    """
+    args = tyro.cli(Args, description=doc)
     run = args.resume or args.eval_only
     if args.resume and args.eval_only:
         raise UserError("--resume continues a run, --eval-only evaluates one: choose")
@@ -380,7 +385,12 @@ def named_run(args):
     for name in ("stdout", "stderr"):  # None where the shell has closed it, as with >&-
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))
     on_interrupt(folder if args.resume else None)
-    return run, folder if run else None
+    if not run:
+        return args, None, None, None
+    net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
+    args = tyro.cli(Args, description=doc, default=own)  # again: flags given now override the run's own
+    check_same(args, own, state, free_in_test)
+    return args, folder, net, state
 
 
 def check_same(args, own, state, free_in_test=()):

@@ -3,9 +3,9 @@ nothing in here does anything, and a script computes the same bits as if its cal
 
 A third file beside data.py and pgd.py, because both use it, and whoever has one GPU need not read it.
 
-Two things are split: the training batch, whose gradients are averaged, and the samples that `survivors` attacks. All
-else every process computes alike. So nobody waits long for another, and all take the same decisions; the first one
-alone prints, logs and saves.
+Two things are split: the training batch, whose gradients are averaged, and the samples that `survivors` and `unbroken`
+attack. All else every process computes alike. So nobody waits long for another, and all take the same decisions; the
+first one alone prints, logs and saves.
 
 BatchNorm in training sees the share of its own process. The running statistics are averaged when an epoch ends, before
 they are evaluated or saved. SyncBatchNorm would take the statistics of the whole batch, but it exists on CUDA only (no

@@ -503,6 +503,7 @@ REFUSED = {
     "--substitute ''": "--substitute was given an empty name",
     "--step-size 1/255": "--step-size would do nothing here",
     "--defense at --substitute self --moments batch": "--substitute, --moments would do nothing here",
+    "--dataset ucf101 --defense at --substitute self --data-dir nowhere": "UCF-101 is not there",
     "--dataset moving-digits --substitute-arch preactresnet18": "does not fit moving-digits",
     "--substitute-arch r3d18": "does not fit digits",
     "--dataset moving-digits --arch r3d18 --width 8": "r3d18 has a width of its own",

@@ -44,7 +44,7 @@ class Args:
     bf16: bool = False  # train, and attack in training, under bfloat16 autocast; evaluation is float32
     compile: bool = False  # torch.compile the network for training: a minute or more of compiling, then faster on a GPU
     resume: str | None = None  # continue the run in this folder, with its own arguments
-    eval_only: str | None = None  # evaluate the run in this folder, or one .pt file; writes eval.json beside it
+    eval_only: str | None = None  # evaluate the run in this folder, or one .pt file; writes eval.json, or eval_NAME.json
     # --- Data
     train_size: int | None = None  # training images or clips (None: all that validation leaves)
     val_size: int = 1000  # validation images or clips, held out of the training split
@@ -661,6 +661,8 @@ if __name__ == "__main__":
             unused += ["substitute_arch", "substitute_width", "statistics", "moments", "equalised", "align_weight"]
         data.refuse_unused(args, *unused)
     args = replace(args, **{k: v for k, v in PRESETS[args.dataset][args.preset].items() if getattr(args, k) is None})
+    if args.eps == 0:
+        raise data.UserError("--eps 0: here eps is what the test attacks with; an undefended network is --defense none")
     data.check(args, eps=(1e-9, math.inf), frames=(1, math.inf), clean_epochs=(1, math.inf),
                substitute_width=(1, math.inf), align_weight=(0, math.inf))
     if (args.arch in ("r3d18", "conv3d")) != video:

@@ -40,7 +40,7 @@ class Args:
     bf16: bool = False  # train, and attack in training, under bfloat16 autocast; evaluation is float32
     compile: bool = False  # torch.compile the network for training: a minute or more of compiling, then faster on a GPU
     resume: str | None = None  # continue the run in this folder, with its own arguments
-    eval_only: str | None = None  # evaluate the run in this folder, or one .pt file; writes eval.json beside it
+    eval_only: str | None = None  # evaluate the run in this folder, or one .pt file; writes eval.json, or eval_NAME.json
     # --- Data
     train_size: int | None = None  # training images (None: all that validation leaves)
     val_size: int = 1000  # validation images, held out of the training split
@@ -251,6 +251,8 @@ def load_teacher(path, args, classes, device):
             raise ValueError(f"it is of {own['dataset']} with {state['classes']} classes")
         teacher = PreActResNet(own["arch"], own["width"], classes)
         teacher.load_state_dict(state["net"])
+        if state["script"] != "teacher" and state["args"]["eps"] and state["args"].get("defense") != "none":
+            print(f"note: {path} was trained against attacks: it is no vanilla network", flush=True)
     state = dict(script="teacher", args=own, classes=classes, net=state["net"])
     return data.to_device(teacher, device).eval().requires_grad_(False), state
 
@@ -373,6 +375,8 @@ if __name__ == "__main__":
     teacher, beside = None, []
     if args.teacher or args.lambda_adv != 0 or args.lambda_nat != 0:  # a weight left at None is not 0
         path = folder / "teacher.pt" if state else args.teacher or vanilla_teacher(args, d)
+        if state and not path.exists():
+            raise data.UserError(f"{path} is missing: copy it from the run's folder")
         teacher, teacher_state = load_teacher(path, args, len(d.classes), device)
         beside = [("teacher.pt", teacher_state)]  # kept with the run: resuming needs it, and the cache may be emptied
         teacher_val = survivors(teacher, x_val, y_val, eps=0, steps=0).float().mean().item()

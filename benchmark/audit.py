@@ -551,7 +551,7 @@ def script_of(run):
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise data.UserError(f"{path} cannot be read ({reason})") from None
-    if not (ROOT / f"{script}.py").is_file():
+    if "." in script or not (ROOT / f"{script}.py").is_file():  # a module's name has no dot
         raise data.UserError(f"{path} is from {script}.py, which is not in {ROOT}")
     return importlib.import_module(script)
 
@@ -568,7 +568,7 @@ def keeps(path, new, args):
 
 
 def main():
-    a = tyro.cli(Args, description=__doc__)
+    a = data.parse(Args, __doc__)
     data.on_interrupt(None)
     run = Path(a.run)
     script = script_of(run)
@@ -578,6 +578,8 @@ def main():
         raise data.UserError(f"--eps {a.eps} is not a number such as 8/255") from None
     if a.batch_size < 1 or a.n is not None and a.n < 1:
         raise data.UserError("--batch-size and --n must be at least 1")
+    if not 0 <= a.seed < 2**32:
+        raise data.UserError(f"--seed must be from 0 to 2^32 - 1, not {a.seed}")
     folder = run if run.is_dir() else run.parent
     data.check_writable(folder)
     device = data.device(a.device)
@@ -600,7 +602,7 @@ def main():
         raise data.UserError(f"--norm {a.norm} is not the run's own, and needs an --eps: in l2 128/255 is customary")
     eps = eps or args.eps or usual_eps(norm)
     others = [] if video else getattr(script, "transfer_models", lambda *_: [])(net, args)
-    if (teacher := folder / "teacher.pt").exists():
+    if hasattr(script, "load_teacher") and (teacher := folder / "teacher.pt").exists():
         others = [script.load_teacher(teacher, args, len(d.classes), device)[0]]
     print(f"{run}: {script.__name__} on {d.name}, first {len(y)} of {len(d.test.y)} test images, {norm} "
           f"{pixels(eps, norm)}, {device}")  # fmt: skip

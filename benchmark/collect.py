@@ -96,27 +96,34 @@ def audited(run, results, args):
     best = results["checkpoints"]["best"]["epoch"]
     try:
         found = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read ({error}): make it again") from None
-    if (round(255 * found["eps"], 4), found["norm"], found.get("epoch", best)) != (
-            round(255 * results["eps"], 4), args["norm"], best):  # fmt: skip
-        print(f"warning: {path} is at another eps or norm, or of another epoch, and left out", file=sys.stderr)
-        return {}
-    mode = "quick" if found["quick"] else "full" if found["autoattack"] is not None else "without AutoAttack"
-    return {"audit": found["worst"], "audit_mode": mode, "audit_evaluated": found["evaluated"],
-            "audit_warnings": "; ".join(found["warnings"]), "audit_script": found.get("script_worst")}
+        if (round(255 * found["eps"], 4), found["norm"], found.get("epoch", best)) != (
+                round(255 * results["eps"], 4), args["norm"], best):  # fmt: skip
+            print(f"warning: {path} is at another eps or norm, or of another epoch, and left out", file=sys.stderr)
+            return {}
+        mode = "quick" if found["quick"] else "full" if found["autoattack"] is not None else "without AutoAttack"
+        return {"audit": found["worst"], "audit_mode": mode, "audit_evaluated": found["evaluated"],
+                "audit_warnings": "; ".join(found["warnings"]), "audit_script": found.get("script_worst")}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}): make it again") from None
 
 
 def rows(run, validation=False):
-    """The rows of a run's folder, each a dict."""
+    """The rows of a run's folder, a list of dicts. Where a file of it is missing, none, and a warning."""
     try:
         info, results = (json.loads((Path(run) / name).read_text()) for name in ("args.json", "results.json"))
-        shared = {k: results[k] for k in ("script", "dataset", "seed")} | {"setting": setting(results["script"], info)}
+        return [*_rows(run, info, results, validation)]
     except FileNotFoundError as error:
-        print(f"warning: left out, for it has not finished: {run} has no {Path(error.filename).name}", file=sys.stderr)
-        return
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{run} has no valid args.json or results.json: {type(error).__name__}: {error}") from None
+        missing = Path(error.filename).name
+        print(f"warning: left out, for it has {'not finished' if missing == 'results.json' else 'lost a file'}: "
+              f"{run} has no {missing}", file=sys.stderr)  # fmt: skip
+        return []
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
+        raise UserError(f"{run} has no valid args.json or results.json, or its script is not here: "
+                        f"{type(error).__name__}: {error}") from None  # fmt: skip
+
+
+def _rows(run, info, results, validation):
+    shared = {k: results[k] for k in ("script", "dataset", "seed")} | {"setting": setting(results["script"], info)}
     names = ("evaluated", "train_seconds", "images_per_second", "peak_memory_gb", "device", "python", "torch", "commit",
              "command")
     rest = {k: results.get(k) for k in names}  # runs of earlier versions did not measure their memory
@@ -126,7 +133,7 @@ def rows(run, validation=False):
              if not folder.fullmatch(word) and not ("=" not in before and folder.fullmatch(before))]  # fmt: skip
     words = ["RUN" if re.fullmatch("--control[-_]of", before) else re.sub("^(--control[-_]of=).*", r"\1RUN", word)
              for before, word in zip(["", *words], words)]  # fmt: skip
-    k = next(i for i, word in enumerate(words) if word.endswith(".py"))  # before it python, or torchrun and its flags
+    k = [word.endswith(".py") for word in words].index(True)  # before it python, or torchrun and its flags
     rest["command"] = shlex.join([*words[:k], Path(words[k]).name, *words[k + 1 :]])
     eps, method = {"eps": round(255 * results["eps"], 6)}, results.get("method", {})
     if validation:

@@ -22,6 +22,7 @@
 
 import importlib
 import json
+import logging
 import shlex
 import sys
 from dataclasses import asdict, dataclass
@@ -634,6 +635,7 @@ def training(runs):
     """Losses, validation accuracies and learning rate against the step. A stage ends where one of the losses ends."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of each run that was continued
     fig, axes = plt.subplots(3, figsize=(12, 9.5), sharex=True, height_ratios=(3, 3, 1.8))
     panels = {"losses/": [], "val/": [], "charts/learning_rate": []}  # tags; its place there is the look of a tag
     ends = set()
@@ -671,6 +673,8 @@ def examples(runs):
     tall = any("threats" in run.method for run in runs)
     fig = plt.figure(figsize=(12, (10.4 if tall else 5.6) * len(runs)))
     for part, run in zip(fig.subfigures(len(runs), squeeze=False)[:, 0], runs):
+        if not (run.path / "best.pt").exists():
+            return f"{run.path} has no best.pt"
         try:
             module = importlib.import_module(run.results["script"])
             net, args, _ = module.load(run.path, "cpu")
@@ -718,7 +722,7 @@ def draw_sweep(path, out):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = data.parse(Args, __doc__)
     data.on_interrupt(None)
     if len(args.runs) == 1 and args.runs[0].endswith(".csv"):
         draw_sweep(args.runs[0], Path(args.out or "figures"))

@@ -31,6 +31,7 @@ import tyro  # noqa: E402
 from benchmark.audit import FULL, QUICK  # noqa: E402
 from benchmark.collect import collect, read, rows, setting, writable  # noqa: E402
 from common.data import UserError  # noqa: E402
+from common.data import parse as parse_arguments  # noqa: E402
 
 
 @dataclass
@@ -62,9 +63,12 @@ def finished(wanted, runs_dir):
     """The latest finished run of this identity, or None."""
     found = []
     for path in runs_dir.glob(f"*__{wanted[0]}__{wanted[3]}__*/results.json"):
-        info = json.loads((path.parent / "args.json").read_text())
-        if identity(wanted[0], info["args"]["dataset"], setting(wanted[0], info), info["seed"]) == wanted:
-            found.append(path)
+        try:
+            info, _ = (json.loads(file.read_text()) for file in (path.with_name("args.json"), path))
+            if identity(wanted[0], info["args"]["dataset"], setting(wanted[0], info), info["seed"]) == wanted:
+                found.append(path)
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            print(f"warning: {path.parent} is passed over: {type(error).__name__}: {error}", file=sys.stderr)
     return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
 
 
@@ -103,7 +107,7 @@ def run(words, args, folders):
         if not (folder := finished(wanted, runs_dir)):
             raise UserError(f"{shlex.join(words)} left no finished run in {runs_dir}")
     if not args.dry_run:
-        if args.audit != "no" and not audited(next(rows(folder)), args.audit):  # the best checkpoint comes first
+        if args.audit != "no" and not audited(rows(folder)[0], args.audit):  # the best checkpoint comes first
             flags = ["--device", device] * (device != "auto") + ["--quick"] * (args.audit == "quick")
             execute(["python", "benchmark/audit.py", str(folder), *flags])
         collect(args.out, [folder], args.validation)
@@ -111,7 +115,7 @@ def run(words, args, folders):
 
 
 def main(args, lines):
-    lines = [line for line in lines if line.strip() and not line.startswith("#")]
+    lines = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not args.dry_run:
         writable(args.out)
     try:
@@ -131,7 +135,7 @@ def main(args, lines):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_arguments(Args, __doc__)
     signal.signal(signal.SIGINT, lambda *_: None)  # the script at work says how to go on; its status ends the list
     if args.dry_run:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may leave early

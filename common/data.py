@@ -227,6 +227,8 @@ class Run:
     def __init__(self, script, args, d, parts, epochs, preset, folder=None, state=None, beside=()):
         from torch.utils.tensorboard import SummaryWriter  # not above: neither --help nor a refusal needs it
 
+        if "." in script:
+            raise UserError(f"{script}.py: benchmark/audit.py could not import it, rename it to a name without a dot")
         self.script, self.args, self.d, self.parts, self.epochs = script, args, d, parts, epochs
         self.steps = steps_per_epoch(len(d.train.y), args.batch_size, shared=not args.eval_only)
         self.images = self.steps * min(args.batch_size, len(d.train.y))  # seen in an epoch
@@ -243,8 +245,10 @@ class Run:
         self.writer = Writer(self.folder, purge_step=done + 1)  # a resumed run writes what follows again
         if not state:
             on_interrupt(self.folder)  # from here on an interruption says how to continue this run
-            arguments = {**self.info, "args": vars(args), "preset": [*preset]}
-            for name, content in (("args.json", arguments), *beside):
+        if not args.eval_only and not distributed.agree((self.folder / "args.json").exists()):  # or copied without
+            save(self.folder / "args.json", {**self.info, "args": vars(args), "preset": [*preset]})
+        if not state:
+            for name, content in beside:
                 save(self.folder / name, content)
             rows = "\n".join(f"|{k}|{v}|" for k, v in {**_shown(vars(args)), **self.info}.items())
             self.writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + rows)
@@ -309,11 +313,14 @@ class Run:
         return found.values()
 
     def publish(self, eps, state, table, method, lines, points=()):
-        """The end of a run, whose last checkpoint is `state`. Writes results.json, or eval.json with --eval-only.
+        """The end of a run, whose last checkpoint is `state`. Writes results.json, with --eval-only eval.json, or
+        eval_NAME.json of NAME.pt.
         Prints `table` {checkpoint: {column: number}}, the curves method["curves"] {name: {255 eps: accuracy}} and a
         method's own `lines` (tuples). Logs both tables and a method's own `points` (tag, value, x) to TensorBoard.
         """
-        written = self.folder / ("eval.json" if self.args.eval_only else "results.json")
+        evaluated = Path(self.args.eval_only or "")
+        name = f"eval_{evaluated.stem}" if evaluated.suffix == ".pt" else "eval" if self.args.eval_only else "results"
+        written = self.folder / f"{name}.json"
         seconds, steps, curves = state["train_seconds"], state["epoch"] * self.steps, method["curves"]
         save(written, {**self.info, "eps": eps, "evaluated": len(self.d.test.y), "checkpoints": table,
                        "robustness_curve": curves["model"], "method": method, "train_seconds": seconds,
@@ -362,6 +369,13 @@ def check_writable(folder):
         raise UserError(f"{folder} cannot be written to: copy it to where that is possible, and name the copy")
 
 
+def parse(Args, doc, **kwargs):
+    """The command line as an `Args`, by tyro."""
+    if {"-h", "--help"} & {*sys.argv}:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may leave early
+    return tyro.cli(Args, description=doc, **kwargs)
+
+
 def arguments(Args, doc, load, free_in_test=()):
     """(args, folder, net, state) of a script's command line: with --resume or --eval-only the named run's own arguments
     where no flag says otherwise, its folder, and what the script's `load` gives; else None in the places of the latter.
@@ -369,7 +383,7 @@ def arguments(Args, doc, load, free_in_test=()):
     Raises UserError where both are given, where the folder is read-only, and as `check_same` does. From here on an
     interruption prints one line.
     """
-    args = tyro.cli(Args, description=doc)
+    args = parse(Args, doc)
     run = args.resume or args.eval_only
     if args.resume and args.eval_only:
         raise UserError("--resume continues a run, --eval-only evaluates one: choose")
@@ -388,7 +402,7 @@ def arguments(Args, doc, load, free_in_test=()):
     if not run:
         return args, None, None, None
     net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
-    args = tyro.cli(Args, description=doc, default=own)  # again: flags given now override the run's own
+    args = parse(Args, doc, default=own)  # again: flags given now override the run's own
     check_same(args, own, state, free_in_test)
     return args, folder, net, state
 
@@ -416,9 +430,9 @@ def check_same(args, own, state, free_in_test=()):
 
 
 def on_interrupt(run_dir):
-    """From here on Ctrl-C (status 130), a disk that TensorBoard finds full, too little memory and any other error
-    (status 1) end the program with a line that says how to go on: with the run in `run_dir`, once there is one and it
-    has a checkpoint."""
+    """From here on Ctrl-C (status 130), SIGTERM (143), a disk that TensorBoard finds full, too little memory and any
+    other error (status 1) end the program with a line that says how to go on: with the run in `run_dir`, once there is
+    one and it has a checkpoint."""
 
     def how_to_go_on():
         if run_dir and (run_dir / "last.pt").exists():
@@ -426,9 +440,10 @@ def on_interrupt(run_dir):
             return f"to continue after the last finished epoch: {again}"
         return "there is nothing to continue: start it again"
 
-    def interrupted(*_):
+    def interrupted(number, _):
+        signal.signal(number, signal.SIG_DFL)  # a second one need not wait for the end
         print(f"\ninterrupted; {how_to_go_on()}")
-        raise SystemExit(130)
+        raise SystemExit(128 + number)
 
     def failed(kind, error, trace):
         # A full disk, of files written by others than `save`, and a full memory need no traceback.
@@ -442,10 +457,12 @@ def on_interrupt(run_dir):
             distributed.show(kind, error, trace)
         if threading.current_thread() is not threading.main_thread():
             return  # a thread's error is raised again in the main one
-        if reason or run_dir:
+        if reason or run_dir or isinstance(error, BrokenPipeError):
             print(reason + how_to_go_on(), file=sys.stderr)
 
     signal.signal(signal.SIGINT, interrupted)
+    if distributed.world() == 1:  # what torchrun ends with it may be waiting for others, and would not get to this
+        signal.signal(signal.SIGTERM, interrupted)
     sys.excepthook = failed
     threading.excepthook = lambda e: failed(e.exc_type, e.exc_value, e.exc_traceback)
 

@@ -497,7 +497,7 @@ def test_killed_it_resumes_to_the_same_bits(tiny, runs):
 REFUSED = {
     "--eps 8": "did you mean 8/255?",
     "--align-weight -1": "--align-weight must be at least 0",
-    "--eps 0": "--eps must be at least",
+    "--eps 0": "an undefended network is --defense none",
     "--frames 5": "--frames would do nothing here",
     "--dataset moving-digits --split 2": "--split would do nothing here",
     "--substitute ''": "--substitute was given an empty name",

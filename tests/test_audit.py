@@ -483,11 +483,14 @@ def test_command_line_writes_audit_json(command_line, tmp_path, capsys):
     (["{tmp}/good.pt", "--eps", "8/255/2"], "--eps 8/255/2 is not a number such as 8/255"),
     (["{tmp}/good.pt", "--norm", "l2"], "--norm l2 is not the run's own, and needs an --eps"),
     (["{tmp}/good.pt", "--n", "0"], "--batch-size and --n must be at least 1"),
+    (["{tmp}/good.pt", "--seed", "4294967296"], "--seed must be from 0 to 2^32 - 1, not 4294967296"),
+    (["{tmp}/dot.pt"], "dot.pt is from afa.v2.py, which is not in"),
     (["{tmp}/good.pt", "--device", "abacus"], "--device abacus cannot be used: "),
 ])  # fmt: skip
 def test_mistakes_are_one_line(words, message, command_line, tmp_path, capsys):
     (tmp_path / "broken.pt").write_bytes(b"no checkpoint")
     torch.save({"script": "nothere"}, tmp_path / "other.pt")
+    torch.save({"script": "afa.v2"}, tmp_path / "dot.pt")
     torch.save({"script": "scriptofatest"}, tmp_path / "good.pt")
     with pytest.raises(SystemExit) as stop:
         command_line(*(word.format(tmp=tmp_path) for word in words))

@@ -134,10 +134,17 @@ def test_slips_are_one_line(tmp_path):
     assert len(collect(tmp_path / "link.csv", [folder])) == 2 and (tmp_path / "link.csv").is_symlink()
     with pytest.raises(data.UserError, match="which does not keep validation accuracies"):
         collect(tmp_path / "x.csv", [folder], validation=True)
-    (folder / "audit.json").write_text("{")
-    with pytest.raises(data.UserError, match="audit.json cannot be read"):
-        collect(tmp_path / "x.csv", [folder])
-    for name, text in (("results.json", "{}"), ("results.json", "[]"), ("args.json", "{")):
+    for text in ("{", "{}", "[]", '{"eps": null}'):
+        (folder / "audit.json").write_text(text)
+        with pytest.raises(data.UserError, match="audit.json cannot be read"):
+            collect(tmp_path / "x.csv", [folder])
+    good = {name: (folder / name).read_text() for name in ("args.json", "results.json")}
+    for name, text in (("results.json", "{}"), ("results.json", "[]"), ("args.json", "{"),
+                       ("results.json", good["results.json"].replace('"robustness_curve"', '"gone"')),
+                       ("results.json", good["results.json"].replace('"aalp"', '"gone"')),
+                       ("args.json", good["args.json"].replace("aalp.py", "aalp"))):
+        for each, content in good.items():
+            (folder / each).write_text(content)
         (folder / name).write_text(text)
         with pytest.raises(data.UserError, match="has no valid args.json or results.json"):
             collect(tmp_path / "x.csv", [folder])
@@ -233,8 +240,17 @@ def test_a_list_that_stopped_goes_on_where_it_was(tmp_path, monkeypatch, capfd):
     run.main(run.Args(out, dry_run=True), lines)
     shown = capfd.readouterr()
     assert shown.out.splitlines() == lines[2:] and "2 of 4 runs" in shown.err
-    run.main(run.Args(out, dry_run=True), ["", "# finished: runs/a", *lines])
+    run.main(run.Args(out, dry_run=True), ["", " # finished: runs/a", *lines])
     assert "2 of 4 runs" in capfd.readouterr().err
+    for i, content in enumerate(("{", "{}")):
+        (stray := tmp_path / "runs" / f"digits__aalp__2__stray{i}").mkdir()
+        for name in ("args.json", "results.json"):
+            (stray / name).write_text(content)
+    run.main(run.Args(out, dry_run=True), lines[2:3])
+    shown = capfd.readouterr()
+    assert shown.out.splitlines() == lines[2:3] and shown.err.count("stray") == 2
+    for i in (0, 1):
+        shutil.rmtree(tmp_path / "runs" / f"digits__aalp__2__stray{i}")
 
     (tmp_path / "broken").unlink()
     run.main(run.Args(out), lines)
@@ -263,7 +279,7 @@ def test_a_bad_list_is_refused_before_any_run(lines, also, message, tmp_path, mo
 
 def test_an_audit_runs_on_the_device_of_its_run(monkeypatch, tmp_path):
     monkeypatch.setattr(run, "finished", lambda *_: tmp_path)
-    monkeypatch.setattr(run, "rows", lambda folder: iter([{}]))
+    monkeypatch.setattr(run, "rows", lambda folder: [{}])
     monkeypatch.setattr(run, "collect", lambda *_: None)
     monkeypatch.setattr(run, "execute", lambda words: ran.append(words[2:]))
     ran = []

@@ -2,9 +2,11 @@
 
 import itertools
 import json
+import os
 import resource
 import runpy
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +36,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import afa
 from benchmark import audit
+from benchmark.collect import rows
 from common import data
 from common import pgd as pgd_module
 from common.pgd import pgd
@@ -153,13 +156,14 @@ def test_killed_in_the_middle_of_an_epoch_it_resumes_to_the_same_bits(tiny, runs
     assert [e.step for e in events.Scalars("val/clean_acc")] == [6, 12, 18]
 
 
-def test_ctrl_c_says_how_to_continue(runs):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_says_how_to_continue(number, status, runs):
     known = set(runs.glob("*"))
     process = start(TINY, runs)
     run = wait_for(runs, known, lambda r: epochs_done(r) >= 0, process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     output = process.communicate()[0]
-    assert process.returncode == 130 and "Traceback" not in output
+    assert process.returncode == status and "Traceback" not in output
     assert f"python {ROOT / 'afa.py'} --resume {run}" in output
     net, _, state = afa.load(run, name="last.pt")
     assert state["epoch"] >= 0 and not net.training
@@ -175,7 +179,7 @@ def test_eval_only_repeats_the_results_and_writes_beside_them(tiny, runs, capsys
     assert again["checkpoints"] == json.loads(before)["checkpoints"]
     assert (tiny / "results.json").read_bytes() == before
     assert in_process(f"--eval-only {tiny / 'last.pt'} --test-size 20", capsys, runs) == (0, "")
-    again = json.loads((tiny / "eval.json").read_text())
+    again = json.loads((tiny / "eval_last.json").read_text())
     assert list(again["checkpoints"]) == ["last"] and again["evaluated"] == 20
 
 
@@ -199,6 +203,29 @@ def test_whoever_leaves_the_pipe_leaves_a_saved_epoch(runs):
     (run,) = set(runs.glob("*")) - before
     assert "Traceback" not in ended.stderr and "to continue after the last finished epoch" in ended.stderr
     assert afa.load(run, name="last.pt")[2]["epoch"] >= 1
+
+
+def test_help_may_be_cut_off():
+    words = f"{shlex.quote(sys.executable)} {ROOT / 'afa.py'} --help | head -n 1"
+    ended = subprocess.run(["bash", "-c", words], capture_output=True, text=True)
+    assert ended.stdout.startswith("usage: afa.py") and ended.stderr == ""
+
+
+def test_two_checkpoints_are_enough_to_go_on_and_give_a_whole_folder(tiny, tmp_path, capsys):
+    for name in ("last.pt", "best.pt"):
+        shutil.copy(tiny / name, tmp_path)
+    assert in_process(f"--resume {tmp_path}", capsys, tmp_path) == (0, "")
+    (row, _), (other, _) = rows(tmp_path), rows(tiny)
+    columns = ("setting", "seed", "worst", "clean", "pgd20@8")
+    assert [row[k] for k in columns] == [other[k] for k in columns] and "--resume" in row["command"]
+
+
+def test_a_script_that_the_tools_could_not_import_is_refused_before_it_trains(tmp_path):
+    shutil.copy(ROOT / "afa.py", tmp_path / "afa.v2.py")
+    words = [sys.executable, tmp_path / "afa.v2.py", *TINY.split(), "--runs-dir", tmp_path / "runs"]
+    ended = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert ended.returncode == 2 and ended.stderr.startswith("error: afa.v2.py: ") and ended.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
 
 
 def test_resuming_by_the_checkpoint_s_name_gives_whole_results(tiny, runs, capsys):

@@ -8,6 +8,7 @@ import math
 import runpy
 import shlex
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import ROOT
-from running import epochs_done, in_process, same, start, tag_mismatches, wait_for, weights
+from running import command, epochs_done, in_process, same, start, tag_mismatches, wait_for, weights
 from shortened import shorten
 
 import vfd_adv
@@ -378,7 +379,7 @@ def test_the_teacher_learns(tmp_path):
 
 def test_a_run_can_be_the_teacher_and_a_base_be_compared_with_it(plain, tmp_path):
     names, output = program(f"{BASE.replace('--teacher-epochs 1', '')} --teacher {plain[0]['run'].folder}", tmp_path)
-    assert f"teacher {plain[0]['run'].folder}: clean accuracy" in output
+    assert f"teacher {plain[0]['run'].folder}: clean accuracy" in output and "it is no vanilla network" in output
     assert same(names["teacher"].state_dict(), weights(plain[0]["run"].folder / "best.pt"))
     # It only looks on.
     assert same(weights(names["run"].folder / "last.pt"), weights(plain[0]["run"].folder / "last.pt"))
@@ -491,7 +492,8 @@ def test_a_teacher_with_another_number_of_features_has_logits_to_teach(runs, tmp
     given = f"{TINY.replace('--teacher-epochs 1', '')} --epochs 1 --teacher {wide}"
     status, error = in_process(given, capsys, tmp_path, "vfd_adv.py")
     assert status == 2 and "--teacher has 24 features and the network 16" in error and not list(tmp_path.iterdir())
-    names, _ = program(f"{given} --distill logits", runs)
+    names, output = program(f"{given} --distill logits", runs)
+    assert "no vanilla network" not in output
     seen = json.loads((names["run"].folder / "results.json").read_text())["method"]["distance"]
     assert set(seen) == {f"{k}_{kind}" for k in ("cka", "distance") for kind in ("clean", "adv")}
 
@@ -528,8 +530,14 @@ def test_killed_it_resumes_to_the_same_bits_without_the_cache(tiny, tmp_path):
     again, _ = program(f"--eval-only {run}", tmp_path)
     assert again["table"] == whole["table"]
     (run / "teacher.pt").unlink()
-    with pytest.raises(data.UserError, match="teacher.pt cannot be the teacher"):
+    with pytest.raises(data.UserError, match="teacher.pt is missing: copy it from the run's folder"):
         program(f"--resume {run}", tmp_path)
+
+
+def test_whoever_leaves_the_pipe_while_the_teacher_is_trained_is_told(tmp_path):
+    words = shlex.join(command(f"{TINY} --teacher-epochs 3", tmp_path, "vfd_adv.py"))
+    ended = subprocess.run(["bash", "-c", f"{words} | head -n 1"], capture_output=True, text=True)
+    assert ended.stderr == "there is nothing to continue: start it again\n"
 
 
 def test_ctrl_c_while_the_teacher_is_trained_leaves_nothing_behind(tmp_path, monkeypatch, capsys):

@@ -44,7 +44,7 @@ class Args:
     bf16: bool = False  # train, and attack in training, under bfloat16 autocast; evaluation is float32
     compile: bool = False  # torch.compile the network for training: a minute or more of compiling, then faster on a GPU
     resume: str | None = None  # continue the run in this folder, with its own arguments
-    eval_only: str | None = None  # evaluate the run in this folder, or one .pt file; writes eval.json, or eval_NAME.json
+    eval_only: str | None = None  # evaluate a run's folder, into eval.json, or a NAME.pt, into eval_NAME.json
     # --- Data
     train_size: int | None = None  # training images or clips (None: all that validation leaves)
     val_size: int = 1000  # validation images or clips, held out of the training split

@@ -10,7 +10,6 @@ import os
 import re
 import runpy
 import shlex
-import signal
 import subprocess
 import sys
 import threading
@@ -50,7 +49,6 @@ def finished(arguments, runs, script="afa.py", whole=False):
 
 def execute(arguments, runs, script, whole=False):
     """Exit status of the script in this process, without the price of starting Python."""
-    handler = signal.getsignal(signal.SIGINT)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(data.READERS, "digits", lambda data_dir: read_digits(None))
         for module in (sys, threading):  # a script sets its own
@@ -63,7 +61,6 @@ def execute(arguments, runs, script, whole=False):
         except SystemExit as error:
             return error.code
         finally:
-            signal.signal(signal.SIGINT, handler)
             torch.compiler.set_stance("default")  # a script ends in another
     return 0
 

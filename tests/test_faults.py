@@ -137,25 +137,21 @@ def test_after_any_error_the_last_line_says_how_to_continue(tmp_path, monkeypatc
     for module in (sys, threading):  # set back afterwards
         monkeypatch.setattr(module, "excepthook", module.excepthook)
     monkeypatch.setattr(sys, "argv", ["afa.py"])
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        again = f"to continue after the last finished epoch: python afa.py --resume {tmp_path}"
-        for checkpoint, line in ((False, "there is nothing to continue: start it again"), (True, again)):
-            if checkpoint:
-                (tmp_path / "last.pt").touch()
-            data.on_interrupt(tmp_path)
-            sys.excepthook(RuntimeError, RuntimeError("any"), None)
-            assert capsys.readouterr().err.splitlines() == ["RuntimeError: any", line]
-            full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 8 GiB")
-            sys.excepthook(type(full), full, None)
-            assert capsys.readouterr().err.splitlines() == [
-                "error: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB): a smaller --batch-size or "
-                f"--width takes less; {line}"]
-        data.on_interrupt(None)  # no run yet: the traceback alone
-        sys.excepthook(RuntimeError, RuntimeError("early"), None)
-        assert capsys.readouterr().err.splitlines() == ["RuntimeError: early"]
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    again = f"to continue after the last finished epoch: python afa.py --resume {tmp_path}"
+    for checkpoint, line in ((False, "there is nothing to continue: start it again"), (True, again)):
+        if checkpoint:
+            (tmp_path / "last.pt").touch()
+        data.on_interrupt(tmp_path)
+        sys.excepthook(RuntimeError, RuntimeError("any"), None)
+        assert capsys.readouterr().err.splitlines() == ["RuntimeError: any", line]
+        full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 8 GiB")
+        sys.excepthook(type(full), full, None)
+        assert capsys.readouterr().err.splitlines() == [
+            "error: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB): a smaller --batch-size or "
+            f"--width takes less; {line}"]
+    data.on_interrupt(None)  # no run yet: the traceback alone
+    sys.excepthook(RuntimeError, RuntimeError("early"), None)
+    assert capsys.readouterr().err.splitlines() == ["RuntimeError: early"]
 
 
 def test_more_memory_than_there_is_is_one_line(tmp_path):

@@ -208,7 +208,7 @@ def test_whoever_leaves_the_pipe_leaves_a_saved_epoch(runs):
 def test_help_may_be_cut_off():
     words = f"{shlex.quote(sys.executable)} {ROOT / 'afa.py'} --help | head -n 1"
     ended = subprocess.run(["bash", "-c", words], capture_output=True, text=True)
-    assert ended.stdout.startswith("usage: afa.py") and ended.stderr == ""
+    assert ended.stdout.startswith("usage: ") and ended.stderr == ""
 
 
 def test_two_checkpoints_are_enough_to_go_on_and_give_a_whole_folder(tiny, tmp_path, capsys):

@@ -42,14 +42,11 @@ def draw_once():
 def program(arguments, runs):
     """What the script has at its end, by name, and what it printed. In this process, and with few steps where it
     measures robustness: the tests look at the training."""
-    output, handler = io.StringIO(), signal.getsignal(signal.SIGINT)
+    output = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
         shorten(patch.setattr)
         patch.setattr(sys, "argv", ["vfd_adv.py", *shlex.split(arguments), "--runs-dir", str(runs)])
-        try:
-            names = runpy.run_path(str(ROOT / "vfd_adv.py"), run_name="__main__")
-        finally:
-            signal.signal(signal.SIGINT, handler)
+        names = runpy.run_path(str(ROOT / "vfd_adv.py"), run_name="__main__")
     return names, output.getvalue()
 
 
@@ -552,12 +549,8 @@ def test_ctrl_c_while_the_teacher_is_trained_leaves_nothing_behind(tmp_path, mon
     monkeypatch.setattr(data, "batches", interrupted_batches)
     arguments = shlex.split(f"{TINY} --teacher-epochs 2 --runs-dir {tmp_path}")
     monkeypatch.setattr(sys, "argv", ["vfd_adv.py", *arguments])
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(ROOT / "vfd_adv.py"), run_name="__main__")
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "vfd_adv.py"), run_name="__main__")
     output = capsys.readouterr().out
     assert end.value.code == 130 and "teacher, epoch 1/2" in output and "there is nothing to continue" in output
     assert [p.name for p in tmp_path.iterdir()] == ["teachers"] and not list((tmp_path / "teachers").iterdir())

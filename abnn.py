@@ -649,7 +649,7 @@ def load(run, device="cpu", name="best.pt"):
 
 
 if __name__ == "__main__":
-    # Arguments. A run that is continued or evaluated brings its own; of a new one, the other three are None.
+    # Arguments. A run that is continued or evaluated brings its own; for a new one folder, net and state are None.
     distributed.start()  # with torchrun: one process for each GPU
     args, folder, net, state = data.arguments(Args, __doc__, load, free_in_test=["attack_strength"])
     given, video = args, args.dataset in data.VIDEO
@@ -657,7 +657,7 @@ if __name__ == "__main__":
         unused = ["frames"] * (not video) + ["split"] * (args.dataset != "ucf101")
         unused += ["step_size"] * (args.defense != "at")
         if args.defense != "abnn":  # on ucf101 --substitute says where T starts, too  [D5]
-            unused += ["substitute"] * (args.dataset != "ucf101")
+            unused += ["substitute"] * (args.dataset != "ucf101" or args.substitute not in ("self", "kinetics"))
             unused += ["substitute_arch", "substitute_width", "statistics", "moments", "equalised", "align_weight"]
         data.refuse_unused(args, *unused)
     args = replace(args, **{k: v for k, v in PRESETS[args.dataset][args.preset].items() if getattr(args, k) is None})

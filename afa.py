@@ -371,7 +371,7 @@ def load(run, device="cpu", name="best.pt"):
 
 
 if __name__ == "__main__":
-    # Arguments. A run that is continued or evaluated brings its own; of a new one, the other three are None.
+    # Arguments. A run that is continued or evaluated brings its own; for a new one folder, net and state are None.
     distributed.start()  # with torchrun: one process for each GPU
     args, folder, net, state = data.arguments(Args, __doc__, load)
     dual = args.bn == "dual"

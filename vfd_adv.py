@@ -350,7 +350,7 @@ def load(run, device="cpu", name="best.pt"):
 
 
 if __name__ == "__main__":
-    # Arguments. A run that is continued or evaluated brings its own; of a new one, the other three are None.
+    # Arguments. A run that is continued or evaluated brings its own; for a new one folder, net and state are None.
     distributed.start()  # with torchrun: one process for each GPU
     args, folder, net, state = data.arguments(Args, __doc__, load)
     if not state:
@@ -376,7 +376,7 @@ if __name__ == "__main__":
     if args.teacher or args.lambda_adv != 0 or args.lambda_nat != 0:  # a weight left at None is not 0
         path = folder / "teacher.pt" if state else args.teacher or vanilla_teacher(args, d)
         if state and not path.exists():
-            raise data.UserError(f"{path} is missing: copy it from the run's folder")
+            raise data.UserError(f"{path} is missing: copy it from where last.pt was, or from teachers/ in --runs-dir")
         teacher, teacher_state = load_teacher(path, args, len(d.classes), device)
         beside = [("teacher.pt", teacher_state)]  # kept with the run: resuming needs it, and the cache may be emptied
         teacher_val = survivors(teacher, x_val, y_val, eps=0, steps=0).float().mean().item()

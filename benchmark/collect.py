@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import tyro
 
-from common.data import UserError
+from common.data import UserError, parse
 
 NOT_A_SETTING = {"dataset", "preset", "data_dir", "data_on", "runs_dir", "seed", "device", "resume", "eval_only"}
 
@@ -103,7 +103,7 @@ def audited(run, results, args):
         mode = "quick" if found["quick"] else "full" if found["autoattack"] is not None else "without AutoAttack"
         return {"audit": found["worst"], "audit_mode": mode, "audit_evaluated": found["evaluated"],
                 "audit_warnings": "; ".join(found["warnings"]), "audit_script": found.get("script_worst")}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}): make it again") from None
 
 
@@ -219,5 +219,5 @@ def _collect(out, runs, validation):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = parse(Args, __doc__)
     print(f"{args.out}: {len(collect(args.out, args.runs, args.validation))} rows")

@@ -43,6 +43,9 @@ class Args:
     validation: bool = False  # accuracies on validation images, as in benchmark/collect.py
 
 
+DAMAGED = set()  # results of runs that were warned of
+
+
 def identity(script, dataset, name, seed):
     return script, dataset.removesuffix("-unofficial"), name, str(seed)
 
@@ -60,15 +63,18 @@ def parse(words):
 
 
 def finished(wanted, runs_dir):
-    """The latest finished run of this identity, or None."""
+    """The latest finished run of this identity, or None. Warns of a damaged folder, once."""
     found = []
     for path in runs_dir.glob(f"*__{wanted[0]}__{wanted[3]}__*/results.json"):
         try:
-            info, _ = (json.loads(file.read_text()) for file in (path.with_name("args.json"), path))
-            if identity(wanted[0], info["args"]["dataset"], setting(wanted[0], info), info["seed"]) == wanted:
+            info, results = (json.loads(file.read_text()) for file in (path.with_name("args.json"), path))
+            same = identity(wanted[0], info["args"]["dataset"], setting(wanted[0], info), info["seed"]) == wanted
+            if results["checkpoints"]["best"] and same:
                 found.append(path)
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            print(f"warning: {path.parent} is passed over: {type(error).__name__}: {error}", file=sys.stderr)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            if path not in DAMAGED:
+                print(f"warning: {path.parent} is passed over: {type(error).__name__}: {error}", file=sys.stderr)
+            DAMAGED.add(path)
     return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
 
 

@@ -35,7 +35,6 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torchvision import datasets, transforms
@@ -478,7 +477,7 @@ def show_step(entry):
 
 
 if __name__ == "__main__":
-    args, begun = tyro.cli(Args, description=__doc__), time.time()
+    args, begun = data.parse(Args, __doc__), time.time()
     device = data.device(args.device)
     if args.out and not args.out.endswith(".json"):
         raise data.UserError(f"--out {args.out}: the results are a .json")

@@ -227,9 +227,8 @@ class Run:
     def __init__(self, script, args, d, parts, epochs, preset, folder=None, state=None, beside=()):
         from torch.utils.tensorboard import SummaryWriter  # not above: neither --help nor a refusal needs it
 
-        if "." in script:
-            raise UserError(f"{script}.py: benchmark/audit.py could not import it, rename it to a name without a dot")
         self.script, self.args, self.d, self.parts, self.epochs = script, args, d, parts, epochs
+        self.preset = (state or {}).get("preset", [*preset])  # a resumed run's own: now all its arguments have a value
         self.steps = steps_per_epoch(len(d.train.y), args.batch_size, shared=not args.eval_only)
         self.images = self.steps * min(args.batch_size, len(d.train.y))  # seen in an epoch
         self.majority = d.val.y.bincount().max().item() / len(d.val.y)  # accuracy of predicting one class for all
@@ -246,7 +245,7 @@ class Run:
         if not state:
             on_interrupt(self.folder)  # from here on an interruption says how to continue this run
         if not args.eval_only and not distributed.agree((self.folder / "args.json").exists()):  # or copied without
-            save(self.folder / "args.json", {**self.info, "args": vars(args), "preset": [*preset]})
+            save(self.folder / "args.json", {**self.info, "args": vars(args), "preset": self.preset})
         if not state:
             for name, content in beside:
                 save(self.folder / name, content)
@@ -265,7 +264,7 @@ class Run:
         """Save the run as it is now as `name` in its folder. Raises UserError as `save` does."""
         parts = {k: part.state_dict() for k, part in self.parts.items()}
         save(self.folder / name, dict(script=self.script, args=vars(self.args), data=self.d.name,
-                                      classes=len(self.d.classes), processes=distributed.world(),
+                                      classes=len(self.d.classes), processes=distributed.world(), preset=self.preset,
                                       **parts, **self.progress))  # fmt: skip
 
     def end_epoch(self, seconds, score, scalars, image, history=()):
@@ -318,8 +317,8 @@ class Run:
         Prints `table` {checkpoint: {column: number}}, the curves method["curves"] {name: {255 eps: accuracy}} and a
         method's own `lines` (tuples). Logs both tables and a method's own `points` (tag, value, x) to TensorBoard.
         """
-        evaluated = Path(self.args.eval_only or "")
-        name = f"eval_{evaluated.stem}" if evaluated.suffix == ".pt" else "eval" if self.args.eval_only else "results"
+        tested = self.args.eval_only
+        name = "results" if not tested else "eval" if Path(tested).is_dir() else f"eval_{Path(tested).stem}"
         written = self.folder / f"{name}.json"
         seconds, steps, curves = state["train_seconds"], state["epoch"] * self.steps, method["curves"]
         save(written, {**self.info, "eps": eps, "evaluated": len(self.d.test.y), "checkpoints": table,
@@ -378,10 +377,11 @@ def parse(Args, doc, **kwargs):
 
 def arguments(Args, doc, load, free_in_test=()):
     """(args, folder, net, state) of a script's command line: with --resume or --eval-only the named run's own arguments
-    where no flag says otherwise, its folder, and what the script's `load` gives; else None in the places of the latter.
+    where no flag says otherwise, its folder, and what the script's `load` gives; for a new run folder, net and state
+    are None.
 
-    Raises UserError where both are given, where the folder is read-only, and as `check_same` does. From here on an
-    interruption prints one line.
+    Raises UserError where both are given, where the folder is read-only, as `check_same` does, and where a new run's
+    script could not be imported. From here on an interruption prints one line.
     """
     args = parse(Args, doc)
     run = args.resume or args.eval_only
@@ -399,6 +399,8 @@ def arguments(Args, doc, load, free_in_test=()):
     for name in ("stdout", "stderr"):  # None where the shell has closed it, as with >&-
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))
     on_interrupt(folder if args.resume else None)
+    if not run and "." in Path(sys.argv[0]).stem:
+        raise UserError(f"benchmark/audit.py could not import {Path(sys.argv[0]).name}: leave one dot in its name")
     if not run:
         return args, None, None, None
     net, own, state = load(run, name="last.pt" if args.resume else "best.pt")
@@ -441,8 +443,8 @@ def on_interrupt(run_dir):
         return "there is nothing to continue: start it again"
 
     def interrupted(number, _):
+        print(f"\ninterrupted; {how_to_go_on()}", flush=True)
         signal.signal(number, signal.SIG_DFL)  # a second one need not wait for the end
-        print(f"\ninterrupted; {how_to_go_on()}")
         raise SystemExit(128 + number)
 
     def failed(kind, error, trace):
@@ -457,6 +459,8 @@ def on_interrupt(run_dir):
             distributed.show(kind, error, trace)
         if threading.current_thread() is not threading.main_thread():
             return  # a thread's error is raised again in the main one
+        if isinstance(error, BrokenPipeError):  # what is left to be written goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if reason or run_dir or isinstance(error, BrokenPipeError):
             print(reason + how_to_go_on(), file=sys.stderr)
 

@@ -12,7 +12,6 @@ import runpy
 import shlex
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -51,8 +50,6 @@ def execute(arguments, runs, script, whole=False):
     """Exit status of the script in this process, without the price of starting Python."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(data.READERS, "digits", lambda data_dir: read_digits(None))
-        for module in (sys, threading):  # a script sets its own
-            patch.setattr(module, "excepthook", module.excepthook)
         if not whole:
             shorten(patch.setattr)
         patch.setattr(sys, "argv", [script, *shlex.split(arguments), "--runs-dir", str(runs)])

@@ -246,9 +246,9 @@ def test_a_list_that_stopped_goes_on_where_it_was(tmp_path, monkeypatch, capfd):
         (stray := tmp_path / "runs" / f"digits__aalp__2__stray{i}").mkdir()
         for name in ("args.json", "results.json"):
             (stray / name).write_text(content)
-    run.main(run.Args(out, dry_run=True), lines[2:3])
+    run.main(run.Args(out, dry_run=True), lines[2:])
     shown = capfd.readouterr()
-    assert shown.out.splitlines() == lines[2:3] and shown.err.count("stray") == 2
+    assert shown.out.splitlines() == lines[2:] and shown.err.count("stray") == 2
     for i in (0, 1):
         shutil.rmtree(tmp_path / "runs" / f"digits__aalp__2__stray{i}")
 

@@ -5,7 +5,6 @@ import importlib
 import random
 import signal
 import sys
-import threading
 import types
 import zipfile
 from pathlib import Path
@@ -134,8 +133,6 @@ def test_ctrl_c_before_there_is_anything_to_resume_says_so(script, tmp_path, mon
 
 
 def test_after_any_error_the_last_line_says_how_to_continue(tmp_path, monkeypatch, capsys):
-    for module in (sys, threading):  # set back afterwards
-        monkeypatch.setattr(module, "excepthook", module.excepthook)
     monkeypatch.setattr(sys, "argv", ["afa.py"])
     again = f"to continue after the last finished epoch: python afa.py --resume {tmp_path}"
     for checkpoint, line in ((False, "there is nothing to continue: start it again"), (True, again)):

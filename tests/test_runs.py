@@ -36,7 +36,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import afa
 from benchmark import audit
-from benchmark.collect import rows
 from common import data
 from common import pgd as pgd_module
 from common.pgd import pgd
@@ -199,32 +198,25 @@ def test_outputs_that_the_shell_has_closed_stop_nothing(runs):
 def test_whoever_leaves_the_pipe_leaves_a_saved_epoch(runs):
     words = shlex.join(command("--bn single " + TINY.replace("--epochs 2 --gate-epochs 1", "--epochs 2"), runs))
     before = set(runs.glob("*"))
-    ended = subprocess.run(["bash", "-c", f"{words} | head -n 1"], capture_output=True, text=True)
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    ended = subprocess.run(["bash", "-c", f"{words} | head -n 1"], capture_output=True, text=True, env=buffered)
     (run,) = set(runs.glob("*")) - before
     assert "Traceback" not in ended.stderr and "to continue after the last finished epoch" in ended.stderr
     assert afa.load(run, name="last.pt")[2]["epoch"] >= 1
 
 
 def test_help_may_be_cut_off():
-    words = f"{shlex.quote(sys.executable)} {ROOT / 'afa.py'} --help | head -n 1"
-    ended = subprocess.run(["bash", "-c", words], capture_output=True, text=True)
-    assert ended.stdout.startswith("usage: ") and ended.stderr == ""
-
-
-def test_two_checkpoints_are_enough_to_go_on_and_give_a_whole_folder(tiny, tmp_path, capsys):
-    for name in ("last.pt", "best.pt"):
-        shutil.copy(tiny / name, tmp_path)
-    assert in_process(f"--resume {tmp_path}", capsys, tmp_path) == (0, "")
-    (row, _), (other, _) = rows(tmp_path), rows(tiny)
-    columns = ("setting", "seed", "worst", "clean", "pgd20@8")
-    assert [row[k] for k in columns] == [other[k] for k in columns] and "--resume" in row["command"]
+    words = f"{shlex.quote(sys.executable)} {ROOT / 'afa.py'} --help | true"
+    unbuffered = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    ended = subprocess.run(["bash", "-c", words], capture_output=True, text=True, env=unbuffered)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_a_script_that_the_tools_could_not_import_is_refused_before_it_trains(tmp_path):
     shutil.copy(ROOT / "afa.py", tmp_path / "afa.v2.py")
     words = [sys.executable, tmp_path / "afa.v2.py", *TINY.split(), "--runs-dir", tmp_path / "runs"]
     ended = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert ended.returncode == 2 and ended.stderr.startswith("error: afa.v2.py: ") and ended.stderr.count("\n") == 1
+    assert ended.returncode == 2 and "could not import afa.v2.py" in ended.stderr and ended.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()
 
 

@@ -5,8 +5,10 @@ import functools
 import io
 import json
 import math
+import os
 import runpy
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from running import command, epochs_done, in_process, same, start, tag_mismatche
 from shortened import shorten
 
 import vfd_adv
+from benchmark.collect import rows
 from common import data
 from common.pgd import pgd
 
@@ -527,13 +530,24 @@ def test_killed_it_resumes_to_the_same_bits_without_the_cache(tiny, tmp_path):
     again, _ = program(f"--eval-only {run}", tmp_path)
     assert again["table"] == whole["table"]
     (run / "teacher.pt").unlink()
-    with pytest.raises(data.UserError, match="teacher.pt is missing: copy it from the run's folder"):
+    with pytest.raises(data.UserError, match="teacher.pt is missing: copy it from where last.pt was"):
         program(f"--resume {run}", tmp_path)
+
+
+def test_three_files_are_enough_to_go_on_and_give_the_whole_folder_of_the_same_run(tiny, tmp_path, capsys):
+    run = tiny[0]["run"].folder
+    for name in ("last.pt", "best.pt", "teacher.pt"):
+        shutil.copy(run / name, tmp_path)
+    assert in_process(f"--resume {tmp_path}", capsys, tmp_path, "vfd_adv.py") == (0, "")
+    (row, _), (other, _) = rows(tmp_path), rows(run)
+    columns = ("setting", "seed", "worst", "clean", "pgd20@8")
+    assert [row[k] for k in columns] == [other[k] for k in columns] and "--resume" in row["command"]
 
 
 def test_whoever_leaves_the_pipe_while_the_teacher_is_trained_is_told(tmp_path):
     words = shlex.join(command(f"{TINY} --teacher-epochs 3", tmp_path, "vfd_adv.py"))
-    ended = subprocess.run(["bash", "-c", f"{words} | head -n 1"], capture_output=True, text=True)
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    ended = subprocess.run(["bash", "-c", f"{words} | head -n 1"], capture_output=True, text=True, env=buffered)
     assert ended.stderr == "there is nothing to continue: start it again\n"
 
 

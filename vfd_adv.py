@@ -7,7 +7,7 @@ Training", https://arxiv.org/abs/2206.02158
     python vfd_adv.py                                       # embedded data, a few minutes on two CPU cores
     python vfd_adv.py --dataset cifar10 --bf16 --compile    # PreActResNet-18, 30 epochs, on a GPU
 
-Embedded data, 8/255, 3 seeds, worst case: AT 79.3 %, with VFD 79.5 %; clean 87.9 % both. TRADES 81.8 and 82.2 %.
+Embedded data, 8/255, 3 seeds, worst case: AT 79.3 %, with VFD 79.5 %; clean 87.9 % both. TRADES 81.5 and 81.9 %.
 """
 
 import math

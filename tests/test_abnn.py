@@ -474,10 +474,10 @@ def test_adversarial_training_runs_and_has_a_white_box_only(tiny, runs):
 
 
 def test_a_kept_substitute_can_be_evaluated_like_any_checkpoint(tiny, runs, capsys, tmp_path):
-    path = shutil.copy(next((runs / "substitutes").glob("digits__preactresnet8__1__*.pt")), tmp_path)
+    path = tmp_path / shutil.copy(next((runs / "substitutes").glob("digits__preactresnet8__1__*.pt")), tmp_path)
     status, error = in_process(f"--eval-only {path} --test-size 4", capsys, tmp_path / "none", "abnn.py")
     assert status == 0, error
-    assert json.loads((tmp_path / "eval.json").read_text())["evaluated"] == 4
+    assert json.loads(path.with_name(f"eval_{path.stem}.json").read_text())["evaluated"] == 4
 
 
 def test_killed_it_resumes_to_the_same_bits(tiny, runs):

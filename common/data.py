@@ -370,7 +370,7 @@ def check_writable(folder):
 
 def parse(Args, doc, **kwargs):
     """The command line as an `Args`, by tyro."""
-    if {"-h", "--help"} & {*sys.argv}:
+    if {"-h", "--help"} & {*sys.argv} and hasattr(signal, "SIGPIPE"):  # not on Windows
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may leave early
     return tyro.cli(Args, description=doc, **kwargs)
 

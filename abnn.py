@@ -70,12 +70,7 @@ class Args:
     attack_strength: Literal[1, 2, 4] = 1  # size of squares, frames and salt-and-pepper noise in the test
     # --- Method
     defense: Literal["none", "at", "abnn"] = "abnn"  # at: PGD adversarial training, the paper's baseline
-    substitute: str | None = None
-    """what S was trained on: a data set's name, self (the same data, another seed), imagenet, kinetics, or the folder
-    of a run with --defense none"""
-    substitute_arch: Literal["preactresnet18", "wrn-34-10", "preactresnet8", "r3d18", "conv3d", "resnet18", None] = None
-    """network of an S that is trained here, on the same data or on a named set (None: the target's)"""
-    substitute_width: int | None = None  # its width (None: the target's)
+    substitute: str | None = None  # what S was trained on: self (the same data), another data set, imagenet or kinetics
     clean_epochs: int | None = None  # epochs of clean training that each defense starts from: of T, and of S
     statistics: Literal["flat", "channel"] | None = None
     """what M sees of S: all its features, as the authors do, or the mean and std of each channel"""
@@ -113,7 +108,6 @@ ATTACK_SIZES = {"digits": (14, 2, 64), "moving-digits": (9, 1, 32), "ucf101": (3
                 "tiny-imagenet": (17, 3, 33)}  # of the others (9, 1, 16)
 PRETRAINED = {"imagenet": ("resnet18", "ResNet18_Weights.IMAGENET1K_V1"),
               "kinetics": ("r3d18", "R3D_18_Weights.KINETICS400_V1")}  # architecture, torchvision's weights
-TORCHVISION = ("resnet18", "r3d18")  # networks of torchvision's, each with a width of its own
 
 
 # --- Network
@@ -224,6 +218,11 @@ def plain_network(arch, width, classes):
     return PreActResNet(arch, width, classes) if arch in ARCHS else GroupNet(arch, width, classes)
 
 
+def network_of_s(args):
+    """(architecture, width) of S: of the weights that torchvision has, or those of T."""
+    return (PRETRAINED[args.substitute][0], None) if args.substitute in PRETRAINED else (args.arch, args.width)
+
+
 def groups_of(net, arch):
     """The groups of a network as functions, with a tap after each, and its head: head(group5(... group1(x))) is net(x).
 
@@ -317,10 +316,10 @@ class ABNN(nn.Module):
     def __init__(self, args, classes):
         super().__init__()
         self.target, self.twin = (plain_network(args.arch, args.width, classes) for _ in range(2))
-        self.substitute = plain_network(args.substitute_arch, args.substitute_width, 1)
+        self.substitute = plain_network(*network_of_s(args), 1)
         self.substitute.fc = nn.Identity()  # its classifier is not used
         self.groups, self.head = groups_of(self.target, args.arch)
-        self.taps, _ = groups_of(self.substitute, args.substitute_arch)
+        self.taps, _ = groups_of(self.substitute, args.arch)
         self.norms = nn.ModuleList()
         frames = [args.frames] * (args.dataset in data.VIDEO)
         z = s = torch.zeros(1, 3, *frames, *[SIDES.get(args.dataset, 32)] * 2)
@@ -442,7 +441,7 @@ def clean_network(args, d, device):
     start = "kinetics" if (args.substitute, args.arch) == ("kinetics", "r3d18") else None
     kept = ("arch", "width", "epochs", "batch_size", "lr", "milestones", "weight_decay", "train_size", "val_size",
             "bf16", "frames", "split", "seed")  # all that changes the network, beside the data
-    key = {"data": d.name, "start": start, **{k: getattr(args, k) for k in kept}}
+    key = {"script": SCRIPT, "data": d.name, "start": start, **{k: getattr(args, k) for k in kept}}
     content = (d.train.y, d.train.x if d.kind == "images" else d.train.x[:64])  # all clips would be many bytes to read
     path = data.cache_file(args.runs_dir, "substitutes", f"{d.name}__{args.arch}__{args.seed}", key, content)
     if distributed.agree(path.exists()):
@@ -461,50 +460,31 @@ def clean_network(args, d, device):
     return net.eval()
 
 
-def find_substitute(args):
-    """(args with the architecture of S, S itself where a run was named). Refuses what does not fit.  [D4]"""
-    source, video, net = args.substitute, args.dataset in data.VIDEO, None
-    arch, width, seen = args.substitute_arch, args.substitute_width, args.dataset if source == "self" else None
-    if source == "self" or source in data.READERS:
-        if source in (args.dataset, *data.VIDEO) or video and source != "self":
-            raise data.UserError(f"--substitute {source} is not for {args.dataset}: use self, "
-                                 f"{'kinetics' if video else 'another set of images, imagenet'} or a run's folder")
-        width = width or (None if arch else args.width)
-        arch = arch or args.arch
-    elif arch or width:
-        raise data.UserError(f"--substitute {source} has its own --substitute-arch and --substitute-width: "
-                             "leave them out")
-    elif source in PRETRAINED:
-        arch = PRETRAINED[source][0]
-    else:
-        net, other, _ = load(source)
-        arch, width, seen = other.arch, other.width, other.dataset
-        if other.defense != "none":
-            raise data.UserError(f"--substitute {source} was trained with --defense {other.defense}, not none")
+def check_substitute(args):
+    """Refuse an S that does not fit T.  [D4]"""
+    source, video, arch = args.substitute, args.dataset in data.VIDEO, network_of_s(args)[0]
+    images = set(data.READERS) - {args.dataset, *data.VIDEO} if not video else ()
+    if source not in ("self", *PRETRAINED, *images):
+        raise data.UserError(f"--substitute {source} is not for {args.dataset}: use self"
+                             f"{' or kinetics' if video else ', imagenet or another set of images'}")
     if (arch in ("r3d18", "conv3d")) != video:
         raise data.UserError(f"--substitute {source} ({arch}) does not fit {args.dataset}: one is of images, the other "
                              "of video")
-    if width and arch in TORCHVISION:
-        raise data.UserError(f"{arch} has a width of its own: leave --substitute-width out")
-    taps = {a: 1 + len(ARCHS[a][2]) if a in ARCHS else 5 for a in (arch, args.arch)}
-    if taps[arch] != taps[args.arch]:
-        raise data.UserError(f"S ({arch}) has {taps[arch]} groups and T ({args.arch}) has {taps[args.arch]}: choose "
-                             "two architectures with the same number")
-    if seen == args.dataset:
+    if source == "imagenet" and len(ARCHS[args.arch][2]) < 4:
+        raise data.UserError(f"S ({arch}) has 5 groups and T ({args.arch}) has 4: use --arch preactresnet18")
+    if source == "self":
         print("note: the substitute learned from the same data as the target: a weaker premise than the paper's, whose "
               "substitute knows other data", flush=True)
-    return replace(args, substitute_arch=arch, substitute_width=width), net
 
 
-def assemble(net, args, d, device, substitute):
+def assemble(net, args, d, device):
     """Fill an ABNN with a trained S, and with a T that was trained without the layers.  [D4, D5]"""
-    args_s = replace(args, arch=args.substitute_arch, width=args.substitute_width)
     if args.substitute in PRETRAINED:
         substitute = pretrained(args.substitute, 1)
     elif args.substitute == "self":
-        substitute = clean_network(replace(args_s, seed=args.seed + 1000), d, device)
-    elif substitute is None:
-        args_s = replace(args_s, dataset=args.substitute, test_size=None)
+        substitute = clean_network(replace(args, seed=args.seed + 1000), d, device)
+    else:
+        args_s = replace(args, dataset=args.substitute, test_size=None)
         substitute = clean_network(args_s, data.load_as(args_s, device), device)
     net.substitute.load_state_dict({k: v for k, v in substitute.state_dict().items() if not k.startswith("fc.")})
     clean = clean_network(args, d, device).state_dict()
@@ -658,19 +638,18 @@ if __name__ == "__main__":
         unused += ["step_size"] * (args.defense != "at")
         if args.defense != "abnn":  # on ucf101 --substitute says where T starts, too  [D5]
             unused += ["substitute"] * (args.dataset != "ucf101" or args.substitute not in ("self", "kinetics"))
-            unused += ["substitute_arch", "substitute_width", "statistics", "moments", "equalised", "align_weight"]
+            unused += ["statistics", "moments", "equalised", "align_weight"]
         data.refuse_unused(args, *unused)
     args = replace(args, **{k: v for k, v in PRESETS[args.dataset][args.preset].items() if getattr(args, k) is None})
     if args.eps == 0:
         raise data.UserError("--eps 0: here eps is what the test attacks with; an undefended network is --defense none")
-    data.check(args, eps=(1e-9, math.inf), frames=(1, math.inf), clean_epochs=(1, math.inf),
-               substitute_width=(1, math.inf), align_weight=(0, math.inf))
+    data.check(args, eps=(1e-9, math.inf), frames=(1, math.inf), clean_epochs=(1, math.inf), align_weight=(0, math.inf))
     if (args.arch in ("r3d18", "conv3d")) != video:
         raise data.UserError(f"--arch {args.arch} is not for {args.dataset}: one is of images, the other of video")
-    if args.width and args.arch in TORCHVISION:
-        raise data.UserError(f"{args.arch} has a width of its own: leave --width out")
+    if args.width and args.arch == "r3d18":
+        raise data.UserError("r3d18 has a width of its own: leave --width out")
     if args.defense == "abnn" and not state:
-        args, substitute = find_substitute(args)
+        check_substitute(args)
     preset = {k: v for k, v in asdict(args).items() if v != getattr(given, k)}
 
     # Data, network, optimiser.
@@ -684,7 +663,7 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
     net = data.to_device(net if state else build(args, len(d.classes)), device)
     if not state and args.defense == "abnn":
-        assemble(net, args, d, device, substitute)
+        assemble(net, args, d, device)
     elif not state:
         net.load_state_dict(clean_network(args, d, device).state_dict())  # all defenses start from the same T  [D5]
     if args.compile:

@@ -36,7 +36,8 @@ class Args:
 
 # Arguments of earlier versions, gone since, at the values that say nothing. Runs with others of them keep their name.
 GONE = {"afa": {"fusion": "learned"},
-        "vfd_adv": {"distance": "mse", "clean_pass": "auto", "teacher_arch": None, "teacher_width": None}}
+        "vfd_adv": {"distance": "mse", "clean_pass": "auto", "teacher_arch": None, "teacher_width": None},
+        "abnn": {"substitute_arch": None, "substitute_width": None}}
 
 
 def setting(script, info):

@@ -36,6 +36,13 @@ def start(arguments, runs, script="afa.py", whole=False, **kwargs):
     return subprocess.Popen(command(arguments, runs, script, whole), env=environment, **pipes, **kwargs)
 
 
+def left_by_its_reader(arguments, runs, script="afa.py"):
+    """What a program says on stderr whose output nobody reads after the first line. Buffered, as a user's is."""
+    words = shlex.join(command(arguments, runs, script))
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    return subprocess.run(["bash", "-c", f"{words} | head -n 1"], capture_output=True, text=True, env=buffered).stderr
+
+
 def finished(arguments, runs, script="afa.py", whole=False):
     """The folder that a run made, None when it continued another, and what it printed; it has to end well."""
     before = set(runs.glob("*"))

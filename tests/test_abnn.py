@@ -18,8 +18,8 @@ import abnn
 from common import data
 from common.pgd import frame_mask, survivors, universal
 
-ARGS = abnn.Args(**{**abnn.DIGITS, "width": 4, "substitute_arch": "preactresnet8", "substitute_width": 4})
-CLIPS = abnn.Args(**{**abnn.MOVING, "width": 2, "substitute_arch": "conv3d", "substitute_width": 2},
+ARGS = abnn.Args(**{**abnn.DIGITS, "width": 4})
+CLIPS = abnn.Args(**{**abnn.MOVING, "width": 2},
                   dataset="moving-digits")
 TINY = ("--train-size 400 --val-size 60 --test-size 5 --width 4 --epochs 2 --clean-epochs 1 --batch-size 100 "
         "--attack-steps 1")
@@ -446,16 +446,13 @@ def test_changed_data_have_another_clean_network(args, monkeypatch, tmp_path):
     assert len(trained) == 2
 
 
-def test_a_run_starts_from_the_clean_target_and_a_run_can_be_the_substitute(tiny, runs):
-    plain, _ = finished_in_process(TINY + " --defense none", runs, "abnn.py")
-    run, output = finished_in_process(f"{TINY} --epochs 1 --substitute {plain} --statistics channel "
-                                      "--moments batch --bf16", runs, "abnn.py")
-    net, args, _ = abnn.load(run)
-    other, _, _ = abnn.load(plain)
-    kept = {k: v for k, v in other.state_dict().items() if not k.startswith("fc.")}
-    assert same(net.substitute.state_dict(), kept) and args.substitute_width == 4
-    kept = (runs / "substitutes").glob("digits__preactresnet8__1__*.pt")  # in bfloat16 another one is trained
-    assert [same(abnn.load(tiny[0])[0].twin.state_dict(), weights(path)) for path in kept].count(True) == 1
+def test_a_run_starts_from_the_kept_target_and_substitute(tiny, runs):
+    run, output = finished_in_process(f"{TINY} --epochs 1 --statistics channel --moments batch --bf16", runs, "abnn.py")
+    for net in (abnn.load(tiny[0])[0], abnn.load(run)[0]):  # in bfloat16 others are trained
+        for part, seed in ((net.twin, 1), (net.substitute, 1001)):
+            kept = [weights(path) for path in (runs / "substitutes").glob(f"digits__preactresnet8__{seed}__*.pt")]
+            kept = [{k: v for k, v in one.items() if k in part.state_dict()} for one in kept]
+            assert [same(part.state_dict(), one) for one in kept].count(True) == 1
     assert "weaker premise" in output  # it learned from the target's data
 
 
@@ -504,20 +501,18 @@ REFUSED = {
     "--step-size 1/255": "--step-size would do nothing here",
     "--defense at --substitute self --moments batch": "--substitute, --moments would do nothing here",
     "--dataset ucf101 --defense at --substitute self --data-dir nowhere": "UCF-101 is not there",
-    "--dataset moving-digits --substitute-arch preactresnet18": "does not fit moving-digits",
-    "--substitute-arch r3d18": "does not fit digits",
     "--dataset moving-digits --arch r3d18 --width 8": "r3d18 has a width of its own",
     "--clean-epochs 0": "--clean-epochs must be at least 1",
     "--arch conv3d": "--arch conv3d is not for digits",
     "--dataset moving-digits --arch preactresnet8": "is not for moving-digits",
     "--dataset moving-digits --frames 5": "--frames 5: the clips of moving-digits have 8",
     "--substitute digits": "--substitute digits is not for digits",
+    "--substitute ucf101": "--substitute ucf101 is not for digits",
     "--substitute kinetics": "does not fit digits: one is of images",
-    "--substitute imagenet --substitute-width 8": "leave them out",
-    "--arch preactresnet18 --substitute-arch resnet18 --substitute-width 8": "resnet18 has a width of its own",
+    "--dataset moving-digits --substitute imagenet": "does not fit moving-digits",
+    "--dataset moving-digits --substitute digits": "--substitute digits is not for moving-digits: use self or kinetics",
     "--substitute imagenet": "S (resnet18) has 5 groups and T (preactresnet8) has 4",
-    "--substitute /nowhere": "there is no checkpoint /nowhere",
-    "--substitute-arch preactresnet18": "choose two architectures with the same number",
+    "--substitute /nowhere": "--substitute /nowhere is not for digits: use self, imagenet or another set of images",
     "--resume a --eval-only b": "choose",
 }
 

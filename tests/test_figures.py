@@ -384,7 +384,7 @@ def test_tradeoff_of_a_csv(draw, tmp_path):
 def make_abnn(folder, **changes):
     """The folder of a run of abnn.py, like that of `make_run`."""
     folder.mkdir()
-    args = {**abnn_script.DIGITS, "width": 4, "substitute_arch": "preactresnet8", "substitute_width": 4,
+    args = {**abnn_script.DIGITS, "width": 4,
             "train_size": 100, "val_size": 100, "test_size": 20, "data_dir": str(folder / "data"), **changes}
     args = abnn_script.Args(**args)
     data.save(folder / "args.json", dict(script="abnn", dataset="digits", seed=1, args=vars(args)))

@@ -5,12 +5,10 @@ import functools
 import io
 import json
 import math
-import os
 import runpy
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -20,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import ROOT
-from running import command, epochs_done, in_process, same, start, tag_mismatches, wait_for, weights
+from running import epochs_done, in_process, left_by_its_reader, same, start, tag_mismatches, wait_for, weights
 from shortened import shorten
 
 import vfd_adv
@@ -545,10 +543,8 @@ def test_three_files_are_enough_to_go_on_and_give_the_whole_folder_of_the_same_r
 
 
 def test_whoever_leaves_the_pipe_while_the_teacher_is_trained_is_told(tmp_path):
-    words = shlex.join(command(f"{TINY} --teacher-epochs 3", tmp_path, "vfd_adv.py"))
-    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
-    ended = subprocess.run(["bash", "-c", f"{words} | head -n 1"], capture_output=True, text=True, env=buffered)
-    assert ended.stderr == "there is nothing to continue: start it again\n"
+    error = left_by_its_reader(f"{TINY} --teacher-epochs 3", tmp_path, "vfd_adv.py")
+    assert error == "there is nothing to continue: start it again\n"
 
 
 def test_ctrl_c_while_the_teacher_is_trained_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
